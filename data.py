@@ -1,0 +1,190 @@
+r"""What is asked: samples, the files they come from, and the prompt that asks them.
+
+`load` turns everything wrong with a data file into a `DataError` that names file, row and field, in the first second
+of a run and not at step 300: it reads every image's header and opens every video. Pixels wait until asked for.
+`messages` words the prompt, in few words, since the tiny policy reads them with a vocabulary of a few hundred tokens.
+An image is in the context *and* in the Python session, a video only in the session: what it looks at is what it pays.
+"""
+import functools
+import json
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ANSWER_FORMAT = "<answer>\n\\boxed{your answer}\n</answer>\nQuestion: {query}"
+DIRECT_PROMPT = f"Answer the question below. Write\n{ANSWER_FORMAT}"
+AGENT_PROMPT = (
+    "Answer the question below with the help of Python. The session keeps its variables and holds {clues}. print() "
+    "shows text; plt.show() shows a figure, which becomes the next image_clue. To run code, write\n<code>\n```python\n"
+    "your code\n```\n</code>\nand read what comes back. Look as often as you need. To answer, write\n" + ANSWER_FORMAT)
+
+
+class DataError(ValueError):
+    """Bad input, worded for people: names file, row and the way out. Command lines print it and exit with code 2."""
+
+
+@dataclass
+class Sample:
+    """One question. `images` are PIL images or paths, `videos` are paths; nothing is decoded before it is needed."""
+    id: str
+    question: str
+    answer: str
+    images: tuple = ()
+    videos: tuple = ()
+    data_source: str = ""
+    ability: str = ""
+    prompt: list | None = None  # the row's own messages [{role, content}], with <image> marks in the content
+    turns: list | None = None  # a demonstration: what the assistant says, turn by turn (SFT)
+
+
+def _need(condition, why):
+    if not condition:
+        raise DataError(why)
+
+
+def open_image(image, read=lambda opened: opened.convert("RGB")):
+    """Path or PIL image -> RGB PIL image with its pixels decoded. Raises DataError when it cannot be read."""
+    try:
+        return read(image if isinstance(image, Image.Image) else Image.open(image))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(f"{getattr(image, 'filename', image)}: cannot be read as an image ({error})") from error
+
+
+@contextmanager
+def _video(path):
+    import decord  # takes half a second to import, and only video needs it
+    decord.logging.set_level(decord.logging.QUIET)
+    _need(Path(path).is_file(), f"{path}: no such video")
+    try:
+        yield decord.VideoReader(str(path), num_threads=1)
+    except (RuntimeError, IndexError, decord.DECORDError) as error:
+        raise DataError(f"{path}: cannot be read as a video (it is empty, cut short or of another kind)") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def video_info(path):
+    """width and height in pixels as decoded, frames, average fps; read once per path. DataError: no whole video."""
+    with _video(path) as reader:
+        height, width = reader[0].shape[:2]  # decodes one frame
+        length = float(np.ptp(reader.get_frame_timestamp([0, len(reader) - 1])))  # a variable rate's header misleads
+        return dict(width=width, height=height, frames=len(reader), fps=round(len(reader) / (length or 1), 3))
+
+
+def uniform_frames(sample, frames):
+    """What a policy that does not choose sees of each video: `frames`=N in the middles of N equal parts, or "1fps".
+    Returns (seconds of the frames, context images: the sample's own, then the frames). Raises DataError."""
+    seconds, images, per_second = [], [open_image(image) for image in sample.images], str(frames).removesuffix("fps")
+    for path in sample.videos:
+        length = video_info(path)["frames"] / video_info(path)["fps"]  # in seconds
+        count = max(1, int(frames) if per_second == str(frames) else round(length * float(per_second)))
+        with _video(path) as reader:
+            times = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
+            middles = times[0] + (np.arange(count) + 0.5) * length / count
+            wanted = np.unique(np.searchsorted(times, middles, side="right") - 1)
+            seconds += times[wanted].tolist()
+            images += [Image.fromarray(reader[int(k)].asnumpy()) for k in wanted]
+    return seconds, images
+
+
+def _read(path, lines=False):
+    """The JSON value of a file or, with `lines`, its rows as {number from 1: row}: a list, or one value a line."""
+    number, rows = 1, {}
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if not lines or text.lstrip().startswith("["):
+            return dict(enumerate(json.loads(text), 1)) if lines else json.loads(text)
+        for number, line in enumerate(text.split("\n"), 1):
+            rows.update({number: json.loads(line)} if line.strip() else {})
+        return rows
+    except (OSError, ValueError, RecursionError) as error:
+        line = number + getattr(error, "lineno", 1) - 1
+        raise DataError(f"{path}: {getattr(error, 'strerror', '') or f'line {line} is not JSON ({error})'}") from error
+
+
+def _texts(values):
+    return isinstance(values, list) and len(values) > 0 and all(isinstance(value, str) and value for value in values)
+
+
+def _sample(row, number, folder):
+    _need(isinstance(row, dict), f"is a JSON {type(row).__name__}, expected an object")
+    prompt, turns = row.get("prompt"), row.get("turns")
+    model, extra = (row[key] if isinstance(row.get(key), dict) else {} for key in ("reward_model", "extra_info"))
+    answers = [a for a in (row.get("answer"), model.get("ground_truth"), extra.get("answer")) if a not in (None, "")]
+    _need(answers and isinstance(answers[0], (str, int, float)) and str(answers[0]).strip(),
+          "has no answer (a string or a number in 'answer' or 'reward_model.ground_truth')")
+    _need(prompt is None or isinstance(prompt, list) and _texts([isinstance(message, dict) and message.get(key)
+          for message in prompt for key in ("role", "content")]), "'prompt' is not a list of {role, content} with text")
+    _need(turns is None or _texts(turns), "'turns' is not a list of the assistant's texts")
+    question = row.get("question") or extra.get("question") or (prompt and prompt[-1]["content"])
+    _need(isinstance(question, str) and question.strip(), "has no question")
+    hint, media = row.get("mm_hint") or {}, {}
+    _need(isinstance(hint, dict) and hint.get("hint_type", "image") in ("image", "video"), "'mm_hint' has no hint_type")
+    for kind in ("image", "video"):
+        paths = hint.get("hint_path") if hint.get("hint_type") == kind else row.get(f"{kind}_path")
+        paths = [paths] if isinstance(paths, str) and paths else paths or []
+        _need(not paths or _texts(paths), f"the {kind} path {paths!r} is neither a string nor a list of strings")
+        media[kind] = tuple(str(folder / path) for path in paths)
+    _need(any(media.values()), "has neither an image nor a video ('image_path', 'video_path' or 'mm_hint')")
+    sample = Sample(str(row.get("id", extra.get("index", number - 1))), question, str(answers[0]), media["image"],
+                    media["video"], str(row.get("data_source") or ""), str(row.get("ability") or ""), prompt, turns)
+    messages(sample)  # reads the headers of all media and matches <image> marks with images
+    return sample
+
+
+def load(path):
+    """Validation JSON, RL JSON or JSON lines -> list of Samples; media paths are relative to the file.
+    Raises DataError (file, row from 1, what is wrong) for whatever would otherwise fail later in a run."""
+    samples = []
+    for number, row in _read(path, lines=True).items():
+        try:
+            samples.append(_sample(row, number, Path(path).parent))
+        except DataError as error:
+            raise DataError(f"{path}, row {number}: {error}") from error
+    _need(samples, f"{path}: has no rows")
+    return samples
+
+
+def load_templates(path):
+    """JSON object name -> text with {query} {width} {height} {video_info} {image_info}; other braces are text, doubled
+    ones are halved. Names: a data_source, or "image", "video", "direct"; one alone serves for all. Raises DataError."""
+    templates = _read(path)
+    _need(isinstance(templates, dict) and _texts(list(templates.values())) and all("{query}" in text for text in
+          templates.values()), f"{path}: expected an object of name -> text, with {{query}} in every text")
+    return templates if len(templates) > 1 else dict.fromkeys(("image", "video", "direct"), *templates.values())
+
+
+def _fields(sample):
+    sizes = [open_image(image, read=lambda opened: opened.size) for image in sample.images]  # reads the header only
+    films = [tuple(video_info(video).values()) for video in sample.videos]
+    images = [f"image_clue_{k} (PIL image, width {w}, height {h})" for k, (w, h) in enumerate(sizes)]
+    videos = [f"video_clue_{k} (decord VideoReader, width {w}, height {h}, {frames} frames, {fps:.4g} fps; "
+              f"video_clue_{k}[i].asnumpy() is frame i)" for k, (w, h, frames, fps) in enumerate(films)]
+    width, height = (sizes + [film[:2] for film in films] + [("", "")])[0]
+    return dict(query=sample.question, width=str(width), height=str(height), image_info=", ".join(images),
+                video_info=", ".join(videos), clues=", ".join(images + videos) or "nothing yet")
+
+
+def messages(sample, templates=None, tools=True, frames=None):
+    """The chat messages that ask `sample`: content is a list of {"type": "text", "text"} and {"type": "image"}, one of
+    the latter per context image. The row's own prompt goes before templates, those before the built-in words; it speaks
+    of the tool and is not used without: tools=False, or frames=[seconds, ...] in the context. Raises DataError."""
+    direct, fields = not tools or frames is not None, _fields(sample)
+    if not (prompt := None if direct else sample.prompt):
+        templates = templates or dict(direct=DIRECT_PROMPT, image=AGENT_PROMPT, video=AGENT_PROMPT)
+        names = sample.data_source, "direct" if direct else "video" if sample.videos else "image"
+        text = next((templates[name] for name in names if name in templates), "")
+        _need(text, f"no prompt template is named {names[1]!r} or {names[0]!r}")
+        clues = "".join([f"<image_clue_{k}><image></image_clue_{k}>\n" for k in range(len(sample.images))]
+                        + [f"{second:.1f} s <image>\n" for second in frames or ()])
+        prompt = [{"role": "user", "content": text if "<image>" in text else clues + text}]
+    marks, images = sum(m["content"].count("<image>") for m in prompt), len(sample.images) + len(frames or ())
+    _need(marks == images, f"{marks} <image> marks for {images} images; the prompt needs one mark per image")
+    fill = functools.partial(re.sub, r"\{(\w+)\}|\{\{|\}\}", lambda m: fields.get(m[1], m[0]) if m[1] else m[0][0])
+    return [{"role": message["role"], "content": [  # cut at the marks, then filled, once: a question stays as it is
+        dict(type="image") if part == "<image>" else
+        dict(type="text", text=part if prompt is sample.prompt else fill(part))
+        for part in re.split("(<image>)", message["content"]) if part]} for message in prompt]
