@@ -188,3 +188,28 @@ def messages(sample, templates=None, tools=True, frames=None):
         dict(type="image") if part == "<image>" else
         dict(type="text", text=part if prompt is sample.prompt else fill(part))
         for part in re.split("(<image>)", message["content"]) if part]} for message in prompt]
+
+
+def encode(tokenizer, messages, after_action):
+    """Chat messages -> ids, one placeholder an image. The template's text may hold special tokens, a message's never.
+
+    after_action: the messages answer an action; the ids are what the template puts between the end of that assistant
+    turn and the start of the next, so that a trajectory only ever appends ids and never encodes its own text again.
+    """
+    texts = []
+
+    def mark(part):
+        texts.append(part.get("text", ""))
+        return {"type": "text", "text": f"\ue000{len(texts) - 1}\ue001"} if part["type"] == "text" else part
+    if after_action:
+        empty = [{"type": "text", "text": ""}]
+        messages = [{"role": role, "content": empty} for role in ("user", "assistant")] + messages
+    messages = [{"role": m["role"], "content": [mark(part) for part in m["content"]]} for m in messages]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    pieces = re.split("\ue000(\\d+)\ue001", text)
+    ids = []
+    for i, piece in enumerate(pieces):
+        if not after_action or i > 3:                                           # behind the mark of the action
+            ids += tokenizer(texts[int(piece)] if i % 2 else piece, add_special_tokens=False,
+                             split_special_tokens=bool(i % 2)).input_ids
+    return ids

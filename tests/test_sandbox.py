@@ -1,0 +1,859 @@
+"""The sandbox: what code can do, and attacks that must fail. An attack is judged by its effect outside, not by its error.
+
+The last test runs the attacks again as another user and where creating namespaces is refused.
+"""
+import contextlib
+import ctypes
+import gc
+import glob
+import json
+import os
+import platform
+import random
+import re
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from multiprocessing import shared_memory
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ["TRAINER_SECRET"] = "s3cret-environment"      # before the first sandbox: what it must not inherit
+import sandbox  # noqa: E402
+from sandbox import Result, Sandbox, SandboxError, warm  # noqa: E402
+
+SECRET = "s3cret-4711"
+ROOT = Path(__file__).resolve().parents[1]
+VIDEO, BROKEN = ROOT.parent / "shared/media/photo_tour.mp4", ROOT.parent / "shared/media/truncated.mp4"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the confinement is Linux's")
+needs_video = pytest.mark.skipif(not VIDEO.exists(), reason="no video beside the checkout")
+
+
+@pytest.fixture(scope="module")
+def box():
+    """One sandbox for tests that leave it alive; after one that does not, the next call starts afresh."""
+    with Sandbox([Image.new("RGB", (448, 336), "red")], timeout=20) as box:
+        yield box
+
+
+@pytest.fixture
+def fresh():
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(Sandbox(*args, **kwargs))
+        return made[-1]
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def secret(tmp_path):
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):     # readable by all, as far as files go
+        if folder.stat().st_uid == os.getuid():
+            folder.chmod(0o755)
+    path = tmp_path / "answers.json"
+    path.write_text(SECRET)
+    path.chmod(0o666)
+    return path
+
+
+def attack(box, code, **names):
+    """Run code in which each line is tried by itself, with `names` bound; all that it could print."""
+    lines = [line for line in textwrap.dedent(code).splitlines() if line]
+    head = "".join(f"{name} = {value!r}\n" for name, value in names.items())
+    return box.run(head + textwrap.dedent("""
+        import ctypes, errno, glob, mmap, os, pathlib, shutil, signal, socket, struct, subprocess, sys, threading, time
+        libc = ctypes.CDLL(None, use_errno=True)
+        for line in LINES:
+            try:
+                value = eval(line)
+                print(line, "->", value if not isinstance(value, bytes) else value.decode("latin1"))
+            except BaseException as error:
+                print(line, "-> failed:", type(error).__name__)
+        """).replace("LINES", repr(lines))).text
+
+
+def processes():
+    """pid -> (parent, session, state) of all processes."""
+    found = {}
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        try:
+            fields = Path(path).read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        found[int(path.split("/")[2])] = int(fields[1]), int(fields[3]), fields[0]
+    return found
+
+
+def family(pid):
+    """The descendants of a process."""
+    parents = {child: parent for child, (parent, _, _) in processes().items()}
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def host_pid(box):
+    info = Path(f"/proc/self/fdinfo/{box._process}").read_text()
+    return int(re.search(r"Pid:\s*(-?\d+)", info)[1])
+
+
+def eventually(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+# ---- what code can do ----
+
+def test_namespace_persists_and_definitions_see_each_other(box):
+    assert box.run("x = 5\ndef f(n): return g(n) + x\ndef g(n): return n * x\nclass C:\n  y = [g(i) for i in range(3)]\n"
+                   "k = lambda: [f(i) for i in (1, 2)]").error is None
+    assert box.run("print(k(), C.y, {n: f(n) for n in (1,)}, __name__)").text == "[10, 15] [0, 5, 10] {1: 10} __main__\n"
+    assert box.run("import dataclasses, pickle\n@dataclasses.dataclass\nclass D:\n  a: int = 1\n"
+                   "print(pickle.loads(pickle.dumps(D(3))))").text == "D(a=3)\n"
+
+
+def test_error_keeps_text_and_names_the_line(box):
+    result = box.run("print('before')\ndef inner():\n    return np.zeros(3)[7]\n\ninner()")
+    assert result.text.startswith("before\nTraceback") and result.text.endswith(result.error)
+    assert '"<code>", line 5' in result.error and '"<code>", line 3' in result.error and "IndexError" in result.error
+    assert "return np.zeros(3)[7]" in result.error
+    box.run("def later():\n    raise KeyError('from the first call')")
+    result = box.run("\n\n\nlater()")
+    assert "raise KeyError('from the first call')" in result.error and '"<code>", line 4' in result.error
+    for code in ("image_clue_0.crop('x')", "Image.open('nothing.png')", "plt.plot([1], [1, 2])", "1 +", "a = '\0'", "\ud800",
+                 "(" * 500, "raise BaseExceptionGroup('g', [ValueError(1)])", "import json; json.loads('{')"):
+        error = box.run(code).error
+        assert error and str(ROOT) not in error and os.path.expanduser("~/") not in error and "sandbox.py" not in error
+    assert box.run("print(1)").text == "1\n"
+
+
+def test_exit_and_input_end_the_call_and_not_the_sandbox(box):
+    box.run("kept = 1")
+    for code in ("exit()", "quit()", "import sys; sys.exit(3)", "raise SystemExit"):
+        assert box.run(f"print('a')\n{code}\nprint('b')") == Result("a\n", [], None, [])
+    assert box.run("import sys; sys.exit('bye')").text == "bye"
+    start = time.monotonic()
+    assert "EOFError" in box.run("print('x')\ninput('name? ')").error and time.monotonic() - start < 5
+    assert box.run("print(kept)").text == "1\n"
+    assert "KeyboardInterrupt" in box.run("raise KeyboardInterrupt").error
+
+
+def test_long_output_is_cut_in_the_middle(fresh):
+    box = fresh(output_limit=1000)
+    text = box.run("print('start'); print('é' * 9000); print('end')").text
+    assert text.startswith("start\n") and text.endswith("end\n") and "cut" in text and len(text) < 1100
+    result = box.run("print('start')\nwhile True: print('x' * 50)")
+    assert result.text.startswith("start\n") and result.error and len(result.text) < 1100
+    text = box.run("print('x' * 5000)\n1/0").text
+    assert "ZeroDivisionError" in text and "cut" in text
+    text = box.run("import sys; print('a\\ud800b', file=sys.stderr); sys.stdout.write('c')").text
+    assert text.startswith("a") and text.endswith("b\nc") and text.encode()
+
+
+@pytest.mark.parametrize("code", [
+    "plt.plot([1, 2]); plt.show()", "plt.plot([1, 2]); plt.show(block=False)",
+    "from matplotlib.pyplot import *; plot([1, 2]); show()", "from matplotlib.pyplot import show as s; plt.plot([1]); s()",
+    "import matplotlib.pyplot as p; p.imshow(image_clue_0); p.show()", "fig, ax = plt.subplots(); ax.plot([1]); fig.show()",
+    "from matplotlib.figure import Figure; f = Figure(); f.subplots().plot([1]); f.show()",
+    "import matplotlib; matplotlib.use('Agg'); plt.bar([1], [2]); plt.show()",
+    "plt.plot([1]); plt.savefig('a.png'); plt.show()", "image_clue_0.show()", "image_clue_0.crop((0, 0, 9, 9)).show('title')",
+    "Image.fromarray(np.zeros((40, 30), 'uint8')).show()"])
+def test_every_way_to_show_shows_one_figure(box, code):
+    result = box.run(code)
+    assert result.error is None and [image.mode for image in result.images] == ["RGB"]
+    assert box.run("plt.show()").images == []
+
+
+def test_figures_come_in_order_and_are_bound(fresh):
+    box = fresh([Image.new("RGB", (60, 40), "red"), Image.new("L", (8, 8), 7)])
+    colours = ["blue", "lime", "black"]
+    result = box.run(f"for c in {colours}:\n    Image.new('RGB', (30, 20), c).show()\nplt.figure(); plt.figure(); plt.show()")
+    assert [image.getpixel((0, 0)) for image in result.images[:3]] == [(0, 0, 255), (0, 255, 0), (0, 0, 0)]
+    assert len(result.images) == 5
+    text = box.run("print(image_clue_1.mode, image_clue_2.getpixel((0, 0)), image_clue_4.size, image_clue_6.size)").text
+    assert text == f"L (0, 0, 255) (30, 20) {result.images[4].size}\n"
+    result = box.run("picture = Image.new('RGB', (5, 5), 'red'); picture.show(); picture.paste('blue', (0, 0, 5, 5))\n"
+                     "print(image_clue_7.getpixel((0, 0)))")
+    assert result.text == "(255, 0, 0)\n" and result.images[0].getpixel((0, 0)) == (255, 0, 0)
+    video_only = fresh()
+    video_only.run("Image.new('RGB', (5, 5)).show()")
+    assert video_only.run("print(image_clue_0.size)").text == "(5, 5)\n"
+    later = fresh(first_clue=4)
+    later.run("Image.new('RGB', (5, 5)).show()")
+    assert later.run("print(image_clue_4.size)").text == "(5, 5)\n"
+
+
+def test_images_of_every_mode(box):
+    modes = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "RGBX", "RGBa", "La", "I;16"]
+    result = box.run(f"for mode in {modes}:\n    Image.new(mode, (20, 10)).show()")
+    assert result.error is None and [(image.mode, image.size) for image in result.images] == [("RGB", (20, 10))] * len(modes)
+    result = box.run("Image.new('RGBA', (4, 4), (255, 0, 0, 0)).show()\nImage.fromarray(np.arange(16.).reshape(4, 4) * 999).show()"
+                     "\nImage.fromarray(np.full((4, 4), 77, 'int32')).show()\nImage.fromarray(np.full((4, 4), np.nan)).show()")
+    assert result.images[0].getpixel((0, 0)) == (255, 255, 255)                  # transparent, on white
+    assert [result.images[1].getpixel(p)[0] for p in ((0, 0), (3, 3))] == [0, 255]      # stretched, as it does not fit
+    assert result.images[2].getpixel((0, 0)) == (77, 77, 77) and len(result.images) == 4
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F"])
+def test_inputs_arrive_unchanged(fresh, mode):
+    image = Image.effect_noise((31, 17), 90).convert(mode) if mode != "P" else Image.effect_noise((31, 17), 90).quantize(9)
+    text = fresh([image]).run("print(image_clue_0.mode, image_clue_0.size, list(image_clue_0.convert('RGB').tobytes()))").text
+    assert text == f"{mode} (31, 17) {list(image.convert('RGB').tobytes())}\n"
+
+
+def test_too_large_and_too_thin_figures(box):
+    result = box.run("Image.new('RGB', (5000, 3000)).show()\nplt.figure(figsize=(100, 80), dpi=300); plt.show()\nprint('on')")
+    assert [image.width * image.height <= 2_000_000 for image in result.images] == [True, True]
+    assert abs(result.images[0].width / result.images[0].height - 5 / 3) < 0.01 and result.text == "on\n"
+    for size in ((2000, 10), (10, 2000), (0, 5)):
+        result = box.run(f"Image.new('RGB', {size}).show()\nprint('on')")
+        assert result.images == [] and "aspect" in result.text and result.text.endswith("on\n") and not result.error
+    result = box.run("plt.figure(figsize=(200, 0.5)); plt.show()\nplt.close('all')")
+    assert result.images == []
+    result = box.run("for k in range(1000): image_clue_0.show()")
+    assert "RuntimeError" in result.error and len(result.images) == sandbox.MAX_FIGURES
+    assert box.run("print('on')").text == "on\n"
+
+
+def test_threads_and_scratch_files(fresh):
+    code = """
+    import concurrent.futures, os, shutil, tempfile, threading
+    with concurrent.futures.ThreadPoolExecutor(4) as pool: print(sum(pool.map(lambda i: i * i, range(10))))
+    image_clue_0.save('a.png'); shutil.copy('a.png', 'b.png'); os.makedirs('deep/er', exist_ok=True)
+    np.save('deep/er/x.npy', np.arange(3)); print(Image.open('b.png').size, np.load('deep/er/x.npy'), sorted(os.listdir('.')))
+    with tempfile.NamedTemporaryFile('w') as file: file.write('x')
+    os.rename('b.png', 'c.png'); os.remove('c.png'); shutil.rmtree('deep'); os.remove('a.png'); print(os.listdir('.'))
+    """
+    assert fresh([Image.new("RGB", (448, 336))]).run(textwrap.dedent(code)).text == "285\n(448, 336) [0 1 2] ['a.png', 'b.png', 'deep']\n[]\n"
+
+
+def test_imports_without_torch_and_seeds(fresh):
+    assert fresh().run("import sys; print('torch' in sys.modules)").text == "False\n"
+    draw = "import random; print(np.random.rand(), random.random(), hash('x'))"
+    first, second, other = fresh(seed=1).run(draw).text, fresh(seed=1).run(draw).text, fresh().run(draw).text
+    assert first == second != other and fresh().run(draw).text != other
+
+
+@needs_video
+def test_video(fresh):
+    box = fresh(videos=[VIDEO])
+    result = box.run("v = video_clue_0\nprint(len(v), v[10].asnumpy().shape, v.get_avg_fps(), v.get_batch([3, -1]).shape)")
+    assert result.text == "300 (240, 320, 3) 25.0 (2, 240, 320, 3)\n"
+    assert result.frames == [(0, 10), (0, 3), (0, 299)] and result.images == []
+    code = "v.seek_accurate(20); a = v.next(); b = next(v)\nfor k, f in zip(range(2), v): pass\nc = v[5:9:2]; v.skip_frames(3); v.next()"
+    result = box.run(code)
+    assert result.error is None and result.frames == [(0, k) for k in (20, 21, 0, 1, 5, 7, 5)]
+    assert "IndexError" in box.run("v[300]").error and box.run("print(v[0].shape, isinstance(v, object))").error is None
+    direct = box.run("print(int(v[33].asnumpy().astype(int).sum()))").text
+    import decord
+    assert int(direct) == int(decord.VideoReader(str(VIDEO))[33].asnumpy().astype(int).sum())
+
+
+def test_broken_videos_are_errors_of_the_code(fresh, tmp_path):
+    pytest.importorskip("decord")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "noise.mp4").write_bytes(random.Random(1).randbytes(5000))
+    box = fresh(videos=[tmp_path / "empty.mp4", tmp_path / "noise.mp4"] + [BROKEN] * BROKEN.exists())
+    for k in range(len(box.videos)):
+        result = box.run(f"print('a')\ntry: len(video_clue_{k})\nexcept OSError as e: print('caught')\nvideo_clue_{k}[0]")
+        assert result.text.startswith("a\n") and result.error and str(tmp_path) not in result.error
+    assert "caught" in result.text and box.run("print(1)").text == "1\n"
+    with pytest.raises(FileNotFoundError):
+        Sandbox(videos=[tmp_path / "missing.mp4"])
+
+
+# ---- reads ----
+
+def test_files_elsewhere_cannot_be_read(box, secret):
+    text = attack(box, """
+        open(path).read()
+        os.read(os.open(path, os.O_RDONLY), 99)
+        os.read(os.open(path, os.O_RDWR), 99)
+        pathlib.Path(path).read_bytes()
+        np.fromfile(path, 'uint8').tobytes()
+        mmap.mmap(os.open(path, os.O_RDONLY), 0).read()
+        (os.symlink(path, 'link'), open('link').read())
+        (os.link(path, 'hard'), open('hard').read())
+        (os.rename(path, 'mine'), open('mine').read())
+        shutil.copy(path, 'copy') and open('copy').read()
+        open('/proc/%d/root%s' % (trainer, path)).read()
+        open('/proc/%d/cwd/README.md' % trainer).read()
+        open('/proc/self/root' + path).read()
+        (os.chdir(os.path.dirname(path)), open(os.path.basename(path)).read())
+        os.read(os.open(os.path.basename(path), os.O_RDONLY, dir_fd=os.open(os.path.dirname(path), os.O_PATH)), 99)
+        open('/proc/self/fd/%d' % os.open(path, os.O_PATH)).read()
+        os.sendfile(os.open('out', os.O_CREAT | os.O_WRONLY), os.open(path, os.O_PATH), 0, 99) and open('out').read()
+        libc.syscall(304, -100, 0, 0)
+        ctypes.CDLL(path)
+        __import__('decord').VideoReader(path)
+        """, path=str(secret), trainer=os.getpid())
+    assert text.count("->") == 20 and SECRET not in text
+    private = [__file__, str(ROOT / "sandbox.py"), "/etc/passwd", "/etc/hostname", "/proc/cpuinfo", "/proc/self/mountinfo",
+               "/proc/self/maps", "/proc/version", os.path.expanduser("~/.bashrc"), "/sys/kernel/notes", "/dev/mem", "/dev/kmsg"]
+    for path in private:
+        assert "failed" in attack(box, "open(path, 'rb').read(64)", path=path), path
+
+
+def test_folders_elsewhere_cannot_be_listed(box, secret):
+    text = attack(box, """
+        os.listdir(folder)
+        [e.name for e in os.scandir(folder)]
+        glob.glob(folder + '/*')
+        os.listdir(os.open(folder, os.O_RDONLY))
+        os.listdir(checkout)
+        os.listdir('/')
+        os.listdir('/proc')
+        os.listdir('/home')
+        os.listdir('/dev')
+        os.listdir('/proc/self/fd')
+        os.listdir(os.path.expanduser('~root'))
+        """, folder=str(secret.parent), checkout=str(ROOT))
+    assert secret.name not in text and "sandbox.py" not in text and text.count("failed") == 10 and "-> []" in text
+
+
+def test_nothing_of_the_trainer_shows(fresh, secret):
+    box = fresh()
+    with open(secret) as handle:
+        os.set_inheritable(handle.fileno(), True)
+        memory = shared_memory.SharedMemory(create=True, size=64, name=f"secret-{os.getpid()}")
+        try:
+            memory.buf[:len(SECRET)] = SECRET.encode()
+            text = attack(box, """
+                dict(os.environ)
+                {k: v for k, v in os.environb.items()}
+                ctypes.c_char_p.in_dll(libc, 'program_invocation_name').value
+                [libc.getenv(name) for name in (b'TRAINER_SECRET', b'HOME')], ctypes.c_void_p.in_dll(libc, 'environ')
+                (f := libc.getenv, setattr(f, 'restype', ctypes.c_char_p), f(b'TRAINER_SECRET'))
+                sys.argv, sys.orig_argv
+                open('/proc/self/environ').read()
+                open('/proc/%d/environ' % trainer).read()
+                open('/proc/%d/cmdline' % trainer).read()
+                open('/proc/%d/maps' % trainer).read()
+                open('/proc/%d/mem' % trainer, 'rb').read(1)
+                os.readlink('/proc/%d/cwd' % trainer)
+                os.readlink('/proc/%d/exe' % trainer)
+                os.listdir('/proc/%d/fd' % trainer)
+                [os.pread(fd, 99, 0) for fd in range(3) if not os.isatty(fd)]
+                open('/dev/shm/' + shm).read()
+                __import__('multiprocessing.shared_memory').shared_memory.SharedMemory(shm).buf.tobytes()
+                libc.shmget(1, 1, 0o1666) >= 0 and 'shm'
+                open('/proc/%d/fd/%d' % (trainer, fd)).read()
+                """, trainer=os.getpid(), shm=memory.name, fd=handle.fileno())
+            seen = box.run("import os\nfor fd in range(1024):\n  for read in (lambda: os.pread(fd, 99, 0), lambda: os.fstat(fd) and fd):\n"
+                           "    try: print(read())\n    except OSError: pass").text
+        finally:
+            memory.unlink()
+            memory.close()
+    assert text.count("->") == 19 and SECRET not in text + seen and os.environ["TRAINER_SECRET"] not in text
+    assert not [line for line in text.splitlines() if str(ROOT) in line or "pytest" in line or "-> shm" in line]
+    assert sorted(map(int, re.findall(r"^\d+$", seen, re.M))) == [0, 1, 2, 3, 4]        # /dev/null, the channel, a pidfd of itself
+
+
+# ---- writes ----
+
+def test_nothing_elsewhere_can_be_written(box, secret):
+    site, mark, before = os.path.dirname(os.path.dirname(np.__file__)), f"/new-{os.getpid()}", secret.stat()
+    secret.parent.chmod(0o777)
+    attack(box, """
+        open(path, 'w').write('x')
+        open(path, 'a').write('x')
+        os.truncate(path, 0)
+        os.open(path, os.O_RDONLY | os.O_TRUNC)
+        os.remove(path)
+        os.rename(path, path + '2')
+        os.chmod(path, 0)
+        os.utime(path, (1, 1))
+        os.chown(path, 1, 1)
+        os.setxattr(path, 'user.x', b'1')
+        libc.syscall(90, path.encode(), 0)
+        open(folder + '/new', 'w')
+        os.mkdir(folder + '/new')
+        os.symlink('x', folder + '/new')
+        os.link(path, folder + '/new')
+        os.mkfifo(folder + '/new')
+        os.rmdir(folder)
+        shutil.rmtree(folder)
+        open(site + mark, 'w')
+        open('/dev/shm' + mark, 'w')
+        open('/var/tmp' + mark, 'w')
+        open(os.path.dirname(os.getcwd()) + mark, 'w')
+        open('/proc/%d/oom_score_adj' % trainer, 'w').write('1000')
+        (os.symlink(path, 'link2'), open('link2', 'w').write('x'))
+        """, path=str(secret), folder=str(secret.parent), site=site, trainer=os.getpid(), mark=mark)
+    after = secret.stat()
+    assert secret.read_text() == SECRET and os.listdir(secret.parent) == [secret.name]
+    assert (before.st_mode, before.st_mtime, before.st_uid) == (after.st_mode, after.st_mtime, after.st_uid)
+    assert not [path for folder in (site, "/dev/shm", "/var/tmp", tempfile.gettempdir(), "/") if os.path.exists(path := folder + mark)]
+    assert Path("/proc/self/oom_score_adj").read_text() != "1000\n"
+
+
+@pytest.mark.parametrize("code", [
+    "data = b'x' * 2 ** 20\nfor k in range(10000):\n    with open(f'f{k % 20}', 'ab') as file: file.write(data)",
+    "with open('a', 'wb') as file:\n    while True: file.write(bytes(2 ** 20))",
+    "import os\nfor k in range(10 ** 9): os.close(os.open(f'f{k}', os.O_CREAT))",
+    "import os\nwhile True: os.mkdir('d'); os.chdir('d')",
+    "import os, time\nfor _ in range(50): os.mkdir('d' * 200); os.chdir('d' * 200)\nopen('hidden', 'w').write('x')\n"
+    "for k in range(10 ** 9): os.close(os.open(f'f{k}', os.O_CREAT))",
+    "import os, time\nos.mkdir('closed', 0o300); os.chdir('closed'); os.mkdir('closed', 0o300); os.chdir('closed')\n"
+    "for k in range(10 ** 9): os.close(os.open(f'f{k}', os.O_CREAT))"])
+def test_scratch_is_limited_and_removed(fresh, code):
+    folders = set(glob.glob(tempfile.gettempdir() + "/sandbox-*/*"))
+    box, other = fresh(timeout=10), fresh()
+    result = box.run(code)
+    assert result.error and "TimeoutError" not in result.error
+    assert other.run("print(1)").text == "1\n"
+    box.close(), other.close()
+    assert eventually(lambda: set(glob.glob(tempfile.gettempdir() + "/sandbox-*/*")) <= folders | set(waiting()))
+
+
+def waiting():
+    """Scratch directories of children that wait in the pool."""
+    pids = family(os.getpid())
+    return [path for path in glob.glob(tempfile.gettempdir() + "/sandbox-*/*") if int(path.rpartition("/")[2]) in pids]
+
+
+# ---- network ----
+
+def test_no_network_of_any_family(box, tmp_path):
+    def listener(family, kind, address):
+        server = socket.socket(family, kind)
+        server.bind(address)
+        if kind == socket.SOCK_STREAM:
+            server.listen()
+        server.setblocking(False)
+        return server
+    path, abstract = str(tmp_path / "unix"), f"\0sandbox-{os.getpid()}"
+    servers = [listener(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0)), listener(socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0)),
+               listener(socket.AF_UNIX, socket.SOCK_STREAM, path), listener(socket.AF_UNIX, socket.SOCK_STREAM, abstract),
+               listener(socket.AF_UNIX, socket.SOCK_DGRAM, path + "2"), listener(socket.AF_UNIX, socket.SOCK_DGRAM, abstract + "2")]
+    os.chmod(path, 0o777), os.chmod(path + "2", 0o777)
+    text = attack(box, """
+        socket.create_connection(('127.0.0.1', tcp), 1)
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', udp))
+        socket.socket(socket.AF_UNIX).connect(path)
+        socket.socket(socket.AF_UNIX).connect(abstract)
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'x', path + '2')
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'x', abstract + '2')
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).bind((0, 0))
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)
+        socket.socket(socket.AF_INET6)
+        socket.socket(socket.AF_VSOCK)
+        socket.socket(socket.AF_ALG)
+        socket.socketpair()
+        socket.getaddrinfo('localhost', 80, type=socket.SOCK_STREAM) and socket.socket()
+        socket.gethostbyname('example.com')
+        __import__('urllib.request').request.urlopen('http://127.0.0.1:%d' % tcp, timeout=1)
+        socket.socket(fileno=3).send(b'')
+        socket.send_fds(socket.socket(fileno=3), [b'x'], [0])
+        libc.syscall(425, 8, ctypes.create_string_buffer(200)) >= 0 or 1/0
+        """, tcp=servers[0].getsockname()[1], udp=servers[1].getsockname()[1], path=path, abstract=abstract)
+    assert text.count("->") == 19 and text.count("failed") >= 18, text
+    for server in servers:
+        with server, pytest.raises(BlockingIOError):
+            server.accept() if server.type == socket.SOCK_STREAM else server.recv(9)
+
+
+# ---- processes and privileges ----
+
+def test_no_programs_and_no_forks(box, tmp_path):
+    tmp_path.chmod(0o777)
+    mark = str(tmp_path / "ran")
+    before = family(os.getpid())
+    text = attack(box, """
+        os.system('touch ' + mark)
+        subprocess.run(['touch', mark])
+        subprocess.run('touch ' + mark, shell=True)
+        os.popen('touch ' + mark).read()
+        os.posix_spawn('/bin/touch', ['touch', mark], {})
+        os.spawnl(os.P_WAIT, '/bin/touch', 'touch', mark)
+        os.fork() or time.sleep(60)
+        os.forkpty()
+        libc.fork() == -1 or time.sleep(60)
+        libc.vfork() == -1 or time.sleep(60)
+        libc.syscall(56, 17, 0, 0, 0, 0) == -1 or time.sleep(60)
+        libc.syscall(435, ctypes.create_string_buffer(88), 88) == -1 or time.sleep(60)
+        __import__('multiprocessing').Process(target=print).start()
+        os.execv('/bin/touch', ['touch', mark])
+        libc.execv(b'/bin/touch', None)
+        """, mark=mark)
+    assert text.count("->") == 15 and not os.path.exists(mark) and family(os.getpid()) - before <= {host_pid(box)}
+
+
+def test_other_processes_are_out_of_reach(box):
+    with subprocess.Popen(["sleep", "60"]) as victim:
+        nice = os.getpriority(os.PRIO_PROCESS, victim.pid)
+        attack(box, """
+            os.kill(victim, 9)
+            os.kill(victim, 19)
+            os.kill(-1, 9)
+            os.killpg(victim, 9)
+            signal.pidfd_send_signal(os.pidfd_open(victim), 9)
+            libc.syscall(234, victim, victim, 9)
+            libc.syscall(129, victim, 9, ctypes.create_string_buffer(128))
+            libc.ptrace(16, victim, 0, 0)
+            os.setpriority(os.PRIO_PROCESS, victim, 19)
+            os.sched_setaffinity(victim, {0})
+            os.sched_setscheduler(victim, os.SCHED_IDLE, os.sched_param(0))
+            libc.syscall(302, victim, 0, ctypes.create_string_buffer(16), 0)
+            __import__('fcntl').fcntl(os.pipe()[0], 8, victim)
+            (p := os.pipe(), f := __import__('fcntl'), f.fcntl(p[0], 10, 9), f.fcntl(p[0], 8, victim), f.fcntl(p[0], 4, 0o20000), os.write(p[1], b'x'))
+            libc.syscall(310, victim, ctypes.create_string_buffer(16), 1, ctypes.create_string_buffer(16), 1, 0)
+            open('/proc/%d/mem' % victim, 'r+b')
+            """, victim=victim.pid)
+        time.sleep(0.1)
+        assert victim.poll() is None and processes()[victim.pid][2] in "SRD"
+        assert os.getpriority(os.PRIO_PROCESS, victim.pid) == nice and len(os.sched_getaffinity(victim.pid)) == len(os.sched_getaffinity(0))
+        assert os.sched_getscheduler(victim.pid) == os.SCHED_OTHER
+        victim.kill()
+
+
+def test_privileges_are_gone(box):
+    assert box.run("print(1)").error is None
+    status = Path(f"/proc/{host_pid(box)}/status").read_text()
+    for line in ("NoNewPrivs:\t1", "Seccomp:\t2", *(f"{name}:\t{0:016x}" for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"))):
+        assert line in status
+    if platform.machine() == "x86_64":
+        calls = {"unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "bpf": 321, "keyctl": 250,
+                 "add_key": 248, "io_uring_setup": 425, "perf_event_open": 298, "userfaultfd": 323, "memfd_create": 319, "ptrace": 101,
+                 "socket": 41, "socketpair": 53, "shmget": 29, "msgget": 68, "semget": 64, "mq_open": 240, "inotify_init": 253,
+                 "fanotify_init": 300, "open_by_handle_at": 304, "mknod": 133, "setuid": 105, "setgroups": 116, "capset": 126,
+                 "prctl": 157, "seccomp": 317, "personality": 135, "swapon": 167, "reboot": 169, "kexec_load": 246,
+                 "init_module": 175, "quotactl": 179, "process_vm_readv": 310, "kcmp": 312, "pidfd_getfd": 438, "fsopen": 430,
+                 "open_tree": 428, "landlock_create_ruleset": 444, "memfd_secret": 447, "x32 getpid": 0x40000027, "vmsplice": 278}
+        result = box.run("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nbuffer = ctypes.create_string_buffer(256)\n"
+                         f"for name, number in {calls}.items():\n    value = libc.syscall(number, buffer, buffer, buffer, buffer, buffer)\n"
+                         "    print(name, value, ctypes.get_errno())")
+        assert result.text == "".join(f"{name} -1 1\n" for name in calls)       # all EPERM, not by their arguments
+
+
+@pytest.mark.parametrize("code, error", [
+    ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()", ""),
+    ("import threading\ndef more():\n    for _ in range(9): threading.Thread(target=more, daemon=True).start()\nmore()\nwhile True: pass", ""),
+    ("x = []\nwhile True: x.append(bytearray(2 ** 26))", "MemoryError"), ("np.ones(2 ** 36)", "Memory"),
+    ("import mmap\nx = []\nwhile True:\n    x.append(mmap.mmap(-1, 2 ** 26))", "OSError"),
+    ("import os\nwhile True: os.pipe()", "OSError"), ("import os\nx = [open('/dev/null') for _ in range(10 ** 6)]", "OSError"),
+    ("def f(): f()\nf()", "RecursionError"), ("import ctypes; ctypes.string_at(0)", "died"), ("import os; os._exit(0)", "died"),
+    ("import os; os.abort()", "died"), ("import os; os.close(3)", "died"), ("print('x' * 2 ** 40)", "MemoryError")])
+def test_bombs_hit_only_their_own_sandbox(box, fresh, code, error):
+    bomb = fresh(timeout=4 if not error else 20)
+    result = bomb.run(code)
+    assert result.error and error in result.error
+    assert box.run("import threading; t = threading.Thread(target=print, args=(1,)); t.start(); t.join()").text.endswith("1\n")
+    threading.Thread(target=print).start()                                      # the trainer still gets threads
+    assert bomb.run("print(2)").text.endswith("2\n")
+
+
+def test_threads_are_counted(fresh):
+    result = fresh(timeout=5).run("import threading, time\nthreading.stack_size(32768)\nfor k in range(100_000):\n    try:\n"
+                                  "        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+                                  "    except RuntimeError: break\nprint(k)")
+    assert "died" in result.error if result.error else int(result.text) <= sandbox.THREADS
+
+
+# ---- protocol ----
+
+FORGE = """
+import json, os, struct, sys
+frame = sys._getframe()
+while frame.f_code.co_name != '_child': frame = frame.f_back
+call = frame.f_locals['call']
+def reply(body, id=call, size=None): os.write(3, struct.pack('<16sI', id, len(body) if size is None else size) + body)
+"""
+
+
+@pytest.mark.parametrize("code", [
+    "os.write(3, b'x' * 100)", "reply(b'[]')", "reply(b'[' * 100000)", "reply(b'{}')", "reply(b'1' * 5000)", "reply(b'\\xff\\xfe')",
+    "reply(b'', size=2 ** 32 - 1)", "reply(b'[1, 2, 3, 4, 5]')", "reply(b'[\"\", null, false, [], [[-1, -1]]]')",
+    "reply(b'[\"\", null, false, [], [[1e9, 1e9]]]')", "reply(b'[\"\", null, false, [], [[100000, 100000]]]')",
+    "reply(b'[\"\", null, false, [], [[1.5, 2]]]')", "reply(b'[\"\", null, false, [[1]], []]')", "reply(b'[\"\", null, false, {\"a\": 1}, []]')",
+    "reply(b'[\"\", null, false, [], \"ab\"]')", "reply(b'[\"\", null, false, [], [[9, 9]]]'); os._exit(0)", "os.write(3, call[:5]); os._exit(0)",
+    "reply(json.dumps(['', None, False, [], [[10, 10]] * 99]).encode())", "reply(b'[null, null, false, null, null]')",
+    "reply(b'[\"\", null, false, [[1e999, 1]], []]')", "reply(b'[\"\", 7, true, [], []]', id=bytes(16))"])
+def test_forged_replies_are_errors(box, code):
+    result = box.run(FORGE + code + "\nimport time; time.sleep(0.05); os._exit(1)")
+    assert result.error and result.images == []
+    assert box.run("print('next')").text.endswith("next\n")
+    assert box.run("print('next')").text == "next\n"
+
+
+def test_a_reply_never_answers_another_call(box):
+    box.run(FORGE + "forged = json.dumps(['forged', None, False, [], []]).encode()")
+    result = box.run(FORGE + "reply(forged); reply(forged)")
+    assert result.text == "forged"                                              # its own reply is its own affair
+    result = box.run("print('real')")
+    assert "forged" not in result.text and result.error
+    late = "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.3), reply(forged)), daemon=True).start()"
+    box.run(FORGE + "forged = json.dumps(['forged', None, False, [], []]).encode()\n" + late)
+    time.sleep(0.5)
+    for _ in range(2):
+        assert "forged" not in box.run("import time; time.sleep(0.2); print('real')").text
+
+
+def test_dribbled_and_silent_replies_end_at_the_deadline(fresh):
+    for code in ("while True: os.write(3, b'x'); __import__('time').sleep(0.05)",
+                 "os.write(3, struct.pack('<16sI', call, 10 ** 5))\nwhile True: os.write(3, b' '); __import__('time').sleep(0.05)",
+                 "reply(b'[\"\", null, false, [], [[1000, 1000]]]')\nwhile True: os.write(3, b'x'); __import__('time').sleep(0.01)"):
+        box, start = fresh(timeout=0.6), time.monotonic()
+        assert box.run(FORGE + "import signal; signal.setitimer(signal.ITIMER_REAL, 0)\n" + code).error
+        assert time.monotonic() - start < 0.6 + 0.5
+
+
+def test_fuzzed_replies(fresh):
+    box, dice, outcomes = fresh(), random.Random(0), set()
+    good, end = json.dumps(["text", None, False, [[0, 1]], [[2, 2]]]).encode(), box._end
+    box._end = type("Alive", (), {"alive": True, "__call__": lambda self: None})()     # this child stays, its channel changes
+    for _ in range(400):
+        ours, theirs = socket.socketpair()
+
+        def answer():
+            with theirs:
+                call = theirs.recv(65536)
+                call = call[call.index(b"C\x10") + 2:][:16]                    # the id in the pickled request
+                body = bytearray(good)
+                for _ in range(dice.choice((0, 1, 3, 30))):
+                    body[dice.randrange(len(body))] = dice.randrange(256)
+                data = bytearray(struct.pack("<16sI", call, dice.choice((len(body), len(body), 0, 5, 2 ** 31))) + body + bytes(12))
+                for _ in range(dice.choice((0, 0, 1, 10))):
+                    data[dice.randrange(len(data))] = dice.randrange(256)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    theirs.sendall(dice.choice((data, data, data[:dice.randrange(len(data))], dice.randbytes(300))))
+        thread = threading.Thread(target=answer)
+        thread.start()
+        box._channel = ours
+        result = box.run("print(1)")
+        outcomes.add(type(result.error))
+        assert isinstance(result.text, str) and all(image.size == (2, 2) for image in result.images)
+        ours.close()
+        thread.join()
+    assert outcomes == {str, type(None)}                                        # some are broken, some come through
+    box._end = end
+
+
+# ---- time ----
+
+@pytest.mark.parametrize("code", [
+    "while True: pass", "import time; time.sleep(60)",
+    "while True:\n    try:\n        while True: len('x')\n    except BaseException: x = 1",
+    "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: time.sleep(1)",
+    "import signal, time\nfor s in (14, 15, 2): signal.signal(s, signal.SIG_IGN)\ntime.sleep(60)",
+    "import re; re.match('(a*)*b', 'a' * 40)", "sum(range(10 ** 12))", "import os; r, w = os.pipe(); os.read(r, 1)",
+    "import threading; threading.Thread(target=lambda: __import__('time').sleep(60)).start()\nwhile True: pass",
+    "class A:\n    def __del__(self):\n        while True: pass\nA()",
+    "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E"])
+def test_timeout_holds_whatever_the_code_does(fresh, code):
+    box = fresh([Image.new("RGB", (9, 7))], timeout=0.5)
+    box.run("lost = 1")
+    pid, start = host_pid(box), time.monotonic()
+    result = box.run(code)
+    assert time.monotonic() - start < 0.5 + 0.5 and "TimeoutError" in result.error and result.text.endswith(result.error)
+    assert pid not in processes()
+    first, second = box.run("print(image_clue_0.size, 'lost' in globals())"), box.run("print(1)")
+    assert "lost" in first.text.splitlines()[0] and first.text.endswith("(9, 7) False\n") and second.text == "1\n"
+
+
+def test_text_before_a_timeout_is_kept(fresh):
+    result = fresh(timeout=0.5).run("print('before')\nimage = Image.new('RGB', (5, 5)); image.show()\nwhile True: pass")
+    assert result.text.startswith("before\n") and len(result.images) == 1 and '"<code>", line 3' in result.error
+
+
+def test_figures_keep_their_numbers_across_a_restart(fresh):
+    box = fresh([Image.new("RGB", (9, 7))], timeout=0.5)
+    box.run("image_clue_0.show()")
+    box.run("while True: pass")
+    assert box.run("image_clue_0.crop((0, 0, 3, 3)).show(); print(image_clue_2.size)").text.endswith("(3, 3)\n")
+
+
+def test_threads_left_behind_stand_still(fresh):
+    box = fresh()
+    box.run("import threading\ncount = 0\ndef spin():\n    global count\n    while True: count += 1\n"
+            "threading.Thread(target=spin, daemon=True).start()")
+    cpu = [sum(map(int, Path(f"/proc/{host_pid(box)}/stat").read_text().rpartition(")")[2].split()[11:13])) for _ in range(2)
+           if not time.sleep(0.3)]
+    assert cpu[1] - cpu[0] <= 1 and box.run("print(count > 0)").text == "True\n"
+
+
+# ---- life ----
+
+def test_close_and_collection_end_the_process(fresh):
+    folders = glob.glob(tempfile.gettempdir() + "/sandbox-*/*")
+    box = Sandbox()
+    box.run("open('file', 'w').write('x')")
+    pid = host_pid(box)
+    assert pid in processes()
+    box.close()
+    box.close()
+    assert pid not in processes()
+    with pytest.raises(SandboxError):
+        box.run("print(1)")
+    box = Sandbox()
+    pid = host_pid(box)
+    del box
+    gc.collect()
+    assert pid not in processes()
+    assert set(glob.glob(tempfile.gettempdir() + "/sandbox-*/*")) <= set(folders) | set(waiting())
+
+
+def test_many_cycles_leave_nothing(fresh):
+    Sandbox().close()
+    def state():
+        return len(family(os.getpid())), len(os.listdir("/proc/self/fd")), len(glob.glob(tempfile.gettempdir() + "/sandbox-*/*"))
+    eventually(lambda: len(waiting()) == 1, 1)
+    before = state()
+    for k in range(40):
+        with Sandbox([Image.new("RGB", (64, 64))]) as box:
+            assert box.run(f"print({k})").text == f"{k}\n"
+    assert eventually(lambda: state() == before), (before, state())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_survives_the_trainer(number):
+    code = ("import glob, sandbox, sys, tempfile, threading\nboxes = [sandbox.Sandbox(timeout=99) for _ in range(3)]\nsandbox.warm(2)\n"
+            "boxes[0].run('open(\"x\", \"w\").write(\"x\")')\n"
+            "for b in boxes[1:]: threading.Thread(target=b.run, args=('while True: pass',), daemon=True).start()\n"
+            "print('ready', flush=True); threading.Event().wait()")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as trainer:
+        assert trainer.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        children = family(trainer.pid)
+        folders = [path for path in glob.glob(tempfile.gettempdir() + "/sandbox-*/*") if int(path.rpartition("/")[2]) in children]
+        assert len(children) >= 4
+        trainer.send_signal(number)
+        trainer.wait(10)
+        assert eventually(lambda: not children & set(processes()))
+        assert eventually(lambda: not any(os.path.exists(os.path.dirname(path)) for path in folders))
+
+
+def test_an_interrupted_call_is_not_answered_later(fresh):
+    box = fresh()
+    box.run("x = 1")
+    old = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(InterruptedError("stop")))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        result = None
+        try:
+            result = box.run("import time; time.sleep(0.5); print('late')")
+        except InterruptedError:
+            pass
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert (result is None or result.error) and box.run("print('new')").text.endswith("new\n")
+
+
+def test_a_fork_of_the_trainer_gets_its_own(fresh):
+    box = fresh()
+    box.run("x = 1")
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.write(write, (box.run("print('x' in globals())").text + Sandbox().run("print(2)").text).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        text = file.read()
+    os.waitpid(pid, 0)
+    assert text.endswith("False\n2\n") and box.run("print(x)").text == "1\n"
+
+
+def test_the_forking_process_is_replaced_when_it_dies(fresh):
+    box = fresh()
+    os.kill(sandbox._pool.server.pid, signal.SIGKILL)
+    sandbox._pool.server.wait()
+    assert eventually(lambda: box._channel.recv(1, socket.MSG_PEEK) == b"")
+    assert box.run("print(1)").error and box.run("print(2)").text.endswith("2\n")
+    assert fresh().run("print(3)").text == "3\n"
+
+
+def test_many_at_once_from_threads(fresh):
+    warm(4)
+    results = {}
+
+    def work(k):
+        with Sandbox([Image.new("RGB", (16, 16), (k, 0, 0))], seed=k) as box:
+            results[k] = [box.run(f"y = {k}; print(image_clue_0.getpixel((0, 0))[0])").text, box.run("print(y)").text]
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(12)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert results == {k: [f"{k}\n"] * 2 for k in range(12)}
+
+
+# ---- where it must refuse, and where it must hold ----
+
+REFUSE = """
+import ctypes, os, struct, sys                     # run a command where some system calls are refused: {call: (argument or None)}
+libc, steps, refused = ctypes.CDLL(None), [(0x20, 0, 0, 0)], eval(sys.argv[1])
+for number, first in refused.items():
+    steps += [(0x15, 0, 4, number), (0x20, 0, 0, 16), (0x15, 0 if first is not None else 0, 1 if first is not None else 0, first or 0),
+              (6, 0, 0, 0x50001), (0x20, 0, 0, 0)]
+code = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *step) for step in steps + [(6, 0, 0, 0x7FFF0000)]))
+libc.prctl(38, 1, 0, 0, 0)
+assert libc.prctl(22, 2, struct.pack('HP', len(steps) + 1, ctypes.addressof(code)), 0, 0) == 0
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+UNSHARE, PRCTL, MOUNT = (272, 157, 165) if platform.machine() == "x86_64" else (97, 167, 40)
+
+
+@pytest.mark.parametrize("refused, name", [({444: None}, "landlock"), ({PRCTL: 22}, "seccomp")])
+def test_a_missing_layer_is_refused_and_named(refused, name):
+    code = ("import sandbox, warnings\ntry: sandbox.Sandbox()\nexcept sandbox.SandboxError as e: print('refused', e)\n"
+            "with warnings.catch_warnings(record=True) as w:\n    warnings.simplefilter('always')\n"
+            "    print(sandbox.Sandbox(unsafe=True).run('print(40 + 2)').text, *(x.message for x in w))")
+    run = subprocess.run([sys.executable, "-c", REFUSE, repr(refused), sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    first, second, third = run.stdout.split("\n", 2)
+    assert first.startswith("refused") and name in first and "unsafe_sandbox" in first
+    assert second == "42" and name in third
+
+
+CONFINEMENT = [test_files_elsewhere_cannot_be_read, test_folders_elsewhere_cannot_be_listed, test_nothing_of_the_trainer_shows,
+               test_nothing_elsewhere_can_be_written, test_scratch_is_limited_and_removed, test_no_network_of_any_family,
+               test_no_programs_and_no_forks, test_other_processes_are_out_of_reach, test_privileges_are_gone,
+               test_bombs_hit_only_their_own_sandbox, test_threads_are_counted, test_threads_and_scratch_files, test_video, test_close_and_collection_end_the_process,
+               test_many_cycles_leave_nothing, test_nothing_survives_the_trainer, test_many_at_once_from_threads]
+
+
+def test_the_attacks_fail_elsewhere_too(tmp_path):
+    places, runs, folders = [("same", False), ("other", True), ("other", False)], {}, {}
+    for user, namespaces in places if not os.getuid() else places[:1]:          # only root can become another user
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"{__file__}::{test.__name__}" for test in CONFINEMENT)]
+        if not namespaces:
+            command = [sys.executable, "-c", REFUSE, repr({UNSHARE: None, MOUNT: None}), *command]
+        if user == "other":
+            command = ["unshare", "-m", *shown(tmp_path), "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
+        folder = tempfile.mkdtemp(dir="/tmp")
+        os.chmod(folder, 0o777)
+        folders[user, namespaces] = folder
+        environment = {**os.environ, "HOME": folder, "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        runs[user, namespaces] = subprocess.Popen(command, env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for place, run in runs.items():
+        output, _ = run.communicate()
+        subprocess.run(["rm", "-rf", folders[place]])
+        assert run.returncode == 0 and " passed" in output, f"{place}: {output[-3000:]}"
+
+
+def shown(tmp_path):
+    """Commands that make Python and the checkout visible to another user, where they lie in a closed home."""
+    command = []
+    for path in map(Path, (sys.base_prefix, sys.prefix, ROOT)):
+        closed = [parent for parent in (*reversed(path.parents), path) if not parent.stat().st_mode & stat.S_IXOTH]
+        if closed:
+            home, hidden = tmp_path / "home", path.relative_to(closed[0])
+            command += ["sh", "-ec", f"mkdir -p {home}; mount --rbind {closed[0]} {home}; mount -t tmpfs -o mode=755 none {closed[0]}; "
+                        f'mkdir -p {path}; mount --rbind {home}/{hidden} {path}; exec "$@"', "sh"]
+    return command
