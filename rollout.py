@@ -205,7 +205,10 @@ class Tools:
         return self
 
     def __exit__(self, *_):
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        for wait in (False, True):                      # closing ends running calls; then those that were just starting
+            for box in list(self.boxes.values()):
+                box.close()
+            self.pool.shutdown(wait=wait, cancel_futures=True)
         for box in self.boxes.values():
             box.close()
 

@@ -16,9 +16,9 @@ Not covered:
   - where namespaces are refused: names and sizes of files; thread and disk bombs end only after 0.1 s.
   - unsafe=True where a layer is missing (not Linux, an old kernel): it contains mistakes, not attacks.
 """
-import contextlib, ctypes, gc, io, json, linecache, math, os, pickle, platform, random, re, resource, select, signal
+import ctypes, gc, io, json, linecache, math, os, pickle, platform, random, re, resource, select, signal
 import socket, struct, subprocess, sys, tempfile, threading, time, traceback, types, warnings, weakref
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 
 from PIL import Image
@@ -53,7 +53,7 @@ class Result:
     error: str | None
     frames: list
 
-class Sandbox(contextlib.AbstractContextManager):
+class Sandbox(AbstractContextManager):
     """A persistent Python namespace, in a process of its own, for code that nobody trusts. A context manager.
 
     images: PIL images, bound as image_clue_0…; videos: paths, bound as video_clue_0… (decord VideoReaders that open at
@@ -76,7 +76,7 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def _start(self):
         """Take a prepared child, hand it the inputs, hear what it could not do to enclose itself."""
-        with contextlib.ExitStack() as files:
+        with ExitStack() as files:
             videos = [files.enter_context(open(path, "rb")).fileno() for path in self.videos]
             for _ in range(3):                                  # a waiting child may have died
                 with suppress(OSError, EOFError):
@@ -91,8 +91,7 @@ class Sandbox(contextlib.AbstractContextManager):
         self._process, self._owner = (*pidfd, pid)[0], os.getpid()
         self._end = weakref.finalize(self, _end, self._channel, self._process, scratch, self._owner)
         self._end.atexit = False                                # at exit the forking process ends what is left
-        lack = f"no safe place for the policy's code, missing here: {', '.join(missing)}. It takes Linux 5.13 or newer on"
-        lack += " x86-64 or arm64; unsafe=True (--unsafe_sandbox) goes on without"
+        lack = f"no safe place for code without {', '.join(missing)}: use Linux 5.13+, or unsafe=True (--unsafe_sandbox)"
         if missing and not self.unsafe: raise SandboxError(lack)
         if missing: warnings.warn(lack, RuntimeWarning, stacklevel=3)
 
@@ -107,7 +106,8 @@ class Sandbox(contextlib.AbstractContextManager):
             try:
                 _send(self._process, signal.SIGCONT)
                 text, error, ended, frames, images = self._exchange((code, self._clue, seconds), seconds)
-                text, error = (part and str(part).encode("utf-8", "replace").decode() for part in (text or "", error))
+                text, error = (None if part is None else str(part)[:self._job[1] + 99].encode("utf-8", "replace").decode()
+                               for part in (text or "", error))
                 frames = [(int(video), int(frame)) for video, frame in frames]
                 _send(self._process, signal.SIGSTOP)            # threads that outlive a call wait for the next
                 late = ended
@@ -358,23 +358,19 @@ def _video(number, fd, console):
 
     class VideoReader(decord.VideoReader):
         _handle, _at, __init__ = None, 0, lambda self: None
-
         def __getattr__(self, name):                            # what opening would have set, asked for the first time
             if self._handle is not None or name[:1] != "_" or name[:2] == "__": raise AttributeError(name)
             try: super().__init__(f"/proc/self/fd/{fd}", num_threads=1)
             except Exception as error:                          # decord has no class of its own for them all
                 raise OSError(f"video_clue_{number} cannot be read: {str(error).splitlines()[0]}") from None
             return getattr(self, name)
-
         def next(self):
             console.frames += [(number, self._at)] * (self._at < len(self))
             self._at += 1
             return super().next()
-
         def get_batch(self, indices):
             console.frames += [(number, int(k) % len(self)) for k in indices]
             return super().get_batch(indices)
-
         def seek_accurate(self, pos):
             self._at = range(len(self))[pos]
             super().seek_accurate(pos)
@@ -390,21 +386,17 @@ class _Console(io.StringIO):
         Image.Image.show = lambda image, *_, **__: self.show(image)
         pyplot.Figure.show = lambda figure, *_, **__: self.draw(figure)
         pyplot.show = lambda *_, **__: [self.draw(pyplot.figure(number)) for number in pyplot.get_fignums()][:0] or None
-
     def begin(self, clue):
         self.seek(self.truncate(0))
         self.clue, self.frames, self.sizes, self.pixels = clue, [], [], []
         sys.stdout, sys.stderr, sys.stdin = self, self, io.StringIO()
-
     def write(self, text):
         if self.tell() > 100 * self.limit: raise RuntimeError(f"more than {100 * self.limit} characters printed")
         return super().write(text)
-
     def text(self):
         text, half = self.getvalue(), self.limit // 2
         cut = len(text) - 2 * half
         return text if cut <= 0 else f"{text[:half]}\n[… {cut} characters cut …]\n{text[-half:]}"
-
     def show(self, image):
         """Any mode as RGB, scaled down when too large; bound as the next image_clue."""
         width, height = image.size
@@ -416,7 +408,6 @@ class _Console(io.StringIO):
         self.space[f"image_clue_{self.clue + len(self.sizes)}"] = image
         self.sizes.append(image.size)
         self.pixels.append(image.tobytes())
-
     def draw(self, figure):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         width, height = figure.get_size_inches() * figure.dpi
@@ -434,8 +425,8 @@ def _rgb(image):
         low, high = min(values.min(), 0), max(values.max(), 255)
         image = Image.fromarray(((values - low) * (255 / (high - low))).astype("uint8"))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("LA") if image.mode == "La" else image
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return (image.getchannel(0) if image.mode == "LAB" else image).convert("RGB")
 
 if __name__ == "__main__": _serve(*sys.argv[1:])

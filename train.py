@@ -370,6 +370,8 @@ def train(run, config, quiet=False):
         losses = update(run, [t for group in kept for t in group], config, lr) if kept else {}
         times.append(time.perf_counter())
         run.step += 1
+        if len(kept) < config.batch_size and run.rank == 0:
+            progress.write(f"step {run.step}: {len(kept)} of {config.batch_size} groups teach something, after {len(groups)} sampled")
         metrics = measure(run, groups, kept, counts, losses, times)
         run.check(metrics, kept)
         if config.eval_every and run.held_out and (run.step % config.eval_every == 0 or run.step == config.steps):
@@ -550,7 +552,8 @@ def main():
             raise
         sys.exit(print(f"train.py: {error}; the last complete checkpoint is untouched", file=sys.stderr) or 1)
     except KeyboardInterrupt:
-        sys.exit(print("train.py: stopped; the last checkpoint is whole (--resume)", file=sys.stderr) or 130)
+        print("train.py: stopped; the last checkpoint is whole (--resume)", file=sys.stderr, flush=True)
+        os._exit(130)                                   # at once: what a torch thread is in the middle of is of no use
 
 
 if __name__ == "__main__":
