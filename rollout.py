@@ -128,7 +128,8 @@ def rollout(policy, samples, group_size, *, max_turns=5, max_new_tokens=10_240, 
         if group[0].end_reason is EndReason.ONGOING:
             prompts, started = prompts + [prompt], started + group
     if prompts:
-        limits = dict(max_turns=max_turns, max_context=max_context, max_images=max_images)
+        tools = tools and not frames
+        limits = dict(max_turns=max_turns, max_context=max_context, max_images=max_images, tools=tools)
         with Tools(started, timeout, unsafe_sandbox) as toolbox:
             play(Plain(policy, started) if slow else policy, prompts, group_size, started, toolbox, limits,
                  max_new_tokens, dict(temperature=temperature, top_p=top_p, top_k=top_k), on_turn, stats)
@@ -143,7 +144,8 @@ def play(policy, prompts, group_size, rows, toolbox, limits, max_new_tokens, sam
         text = policy.tokenizer.decode(action.ids, skip_special_tokens=True)
         t.append(action.ids, True, policy.image_token)
         t.logprobs += action.logprobs
-        t.turns.append(Turn(text, None if "</answer>" in text else find_code(text), n_tokens=len(action.ids)))
+        code = find_code(text) if limits["tools"] and "</answer>" not in text else None
+        t.turns.append(Turn(text, code, n_tokens=len(action.ids)))
         if not action.complete:
             full = len(t.tokens) >= limits["max_context"]
             t.end_reason = EndReason.OVER_LENGTH if full else EndReason.ERROR_IN_ACTION

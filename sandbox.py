@@ -91,7 +91,7 @@ class Sandbox(AbstractContextManager):
         self._process, self._owner = (*pidfd, pid)[0], os.getpid()
         self._end = weakref.finalize(self, _end, self._channel, self._process, scratch, self._owner)
         self._end.atexit = False                                # at exit the forking process ends what is left
-        lack = f"no safe place for code without {', '.join(missing)}: use Linux 5.13+, or unsafe=True (--unsafe_sandbox)"
+        lack = f"no safe place for code without {', '.join(missing)}: use Linux 5.13+ or unsafe=True (--unsafe_sandbox)"
         if missing and not self.unsafe: raise SandboxError(lack)
         if missing: warnings.warn(lack, RuntimeWarning, stacklevel=3)
 
@@ -106,8 +106,8 @@ class Sandbox(AbstractContextManager):
             try:
                 _send(self._process, signal.SIGCONT)
                 text, error, ended, frames, images = self._exchange((code, self._clue, seconds), seconds)
-                text, error = (None if part is None else str(part)[:self._job[1] + 99].encode("utf-8", "replace").decode()
-                               for part in (text or "", error))
+                text, error = (t if t is None else str(t)[:self._job[1] + 99].encode("utf-8", "replace").decode()
+                               for t in (text or "", error))
                 frames = [(int(video), int(frame)) for video, frame in frames]
                 _send(self._process, signal.SIGSTOP)            # threads that outlive a call wait for the next
                 late = ended
@@ -160,12 +160,12 @@ def _launch():
     trainer = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else os.pipe()[0]      # readable when we are gone
     paths = [p for p in sys.path if any(os.path.isdir(f"{p}/{m}") for m in ("numpy", "PIL", "matplotlib", "decord"))]
     environment = dict(PATH="/usr/bin:/bin", LANG="C.UTF-8", MPLBACKEND="Agg", PYTHONUTF8="1", PYTHONSAFEPATH="1",
-                       PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1")
+                       PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1", TMPDIR=tempfile.gettempdir())
     with theirs, open(__file__) as source, open(os.devnull, "w") as null, open(trainer):
         fds = theirs.fileno(), trainer
-        _pool.server = subprocess.Popen(["sh", "-c", SPACES, "sh", sys.executable, "-", *map(str, fds), *paths], cwd="/",
-                                        stdin=source, stdout=null, stderr=null, env=environment, pass_fds=fds,
-                                        start_new_session=True)
+        command = ["sh", "-c", SPACES, "sh", sys.executable, "-", *map(str, fds), *paths]
+        _pool.server = subprocess.Popen(command, stdin=source, stdout=null, stderr=null, env=environment, cwd="/",
+                                        pass_fds=fds, start_new_session=True)
 
 def _end(channel, process, scratch, owner):
     """Kill a child, wait until it is reaped, remove its scratch directory. In a fork of the trainer: only let go."""
@@ -285,7 +285,7 @@ def _seccomp(*_):
     allow, refuse, load, equal = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50001), 0x20, 0x15
     tests = {435: [(6, 0, 0, 0x50026)], ioctl: [(6, 0, 0, 0x50019)],    # ENOSYS: take clone; ENOTTY: Python takes fcntl
              clone: [(load, 0, 0, 16), (0x45, 0, 1, 0x10000), allow, refuse],                   # threads only
-             fcntl: [(load, 0, 0, 24), (equal, 1, 0, 1030), (0x35, 1, 0, 8), allow, refuse],    # no owner, signal, lease
+             fcntl: [(load, 0, 0, 24), (equal, 1, 0, 1030), (0x35, 1, 0, 8), allow, refuse],    # no owner, no signal
              limits: [(load, 0, 0, 16), (equal, 0, 1, 0), allow, refuse]}                       # its own
     for numbers, answer in ((allowed, allow), (pretended, (6, 0, 0, 0x50000))):
         for first, last in re.findall(r"(\d+)-?(\d*)", numbers):

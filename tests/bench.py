@@ -63,7 +63,8 @@ def sandbox(cycles=1000):
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
 
     def by_itself():
-        subprocess.run([sys.executable, "-c", IMPORT_FOR_ITSELF], input="print(1)\n", text=True, capture_output=True, check=True)
+        command = [sys.executable, "-c", IMPORT_FOR_ITSELF]
+        subprocess.run(command, input="print(1)\n", text=True, capture_output=True, check=True)
 
     def start():
         with Sandbox() as box:
@@ -107,10 +108,12 @@ def sandbox(cycles=1000):
     with Sandbox([picture]) as box:
         box.run(PLOT), plot_here()
         print(f"print(1): {median_ms(lambda: box.run('print(1)'), 500):.3f} ms a call (target 1)")
-        print(f"crop and show with PIL: {median_ms(lambda: box.run('image_clue_0.crop((0, 0, 56, 56)).show()'), 500):.3f} ms a call")
+        shown = median_ms(lambda: box.run("image_clue_0.crop((0, 0, 56, 56)).show()"), 500)
+        print(f"crop and show with PIL: {shown:.3f} ms a call")
         pairs = [(median_ms(lambda: box.run(PLOT), 1), median_ms(plot_here, 1)) for _ in range(15)]     # interleaved
         there, here = (statistics.median(column) for column in zip(*pairs))
-        print(f"imshow and show of 640x480: {there:.0f} ms, in-process {here:.0f} ms, {there / here:.2f} times (target 1.5)")
+        print(f"imshow and show of 640x480: {there:.0f} ms, in-process {here:.0f} ms, "
+              f"{there / here:.2f} times (target 1.5)")
         assert len(box.run(PLOT).images) == 1
 
     before = descendants(os.getpid())
@@ -139,13 +142,15 @@ def sandbox(cycles=1000):
         time.sleep(1)
         return dict(processes=len(descendants(os.getpid())), descriptors=len(os.listdir("/proc/self/fd")),
                     directories=len(list(Path(tempfile.gettempdir()).glob("sandbox-*/*"))),
-                    trainer_mib=round(pss_mib(os.getpid())), server_mib=round(pss_mib(max(descendants(_pool.server.pid) | {_pool.server.pid}, key=pss_mib))))
+                    trainer_mib=round(pss_mib(os.getpid())),
+                    server_mib=round(max(map(pss_mib, descendants(_pool.server.pid) | {_pool.server.pid}))))
     earlier = state()
     begin = time.perf_counter()
     for _ in range(cycles):
         with Sandbox() as box:
             box.run("print(1)")
-    print(f"{cycles} create-run-close cycles, {(time.perf_counter() - begin) / cycles * 1e3:.1f} ms each: before {earlier}, after {state()}")
+    each = (time.perf_counter() - begin) / cycles * 1e3
+    print(f"{cycles} create-run-close cycles, {each:.1f} ms each: before {earlier}, after {state()}")
 
 
 def forced_groups(policy, turns, slow=False, n_tokens=24):

@@ -64,6 +64,12 @@ def test_how_trajectories_end(policy, turns, limits, reason, calls):
     assert len(t.tokens) == len(t.action_mask)
 
 
+def test_without_tools_no_code_runs(policy):
+    t = play(policy, code("print(1)"), ANSWER, tools=False)
+    assert (t.end_reason, t.n_tool_calls, t.turns[0].code) == (EndReason.ERROR_IN_ACTION, 0, None)
+    assert play(policy, ANSWER, tools=False).answer == "red"
+
+
 def test_bare_fences_and_several_blocks():
     assert find_code("so\n```python\na = 1\n```") == "a = 1\n"
     assert find_code(code("a = 1") + code("b = 2")).strip() == "b = 2"
