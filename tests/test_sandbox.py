@@ -380,7 +380,8 @@ def test_nothing_of_the_trainer_shows(fresh, secret):
             memory.unlink()
             memory.close()
     assert text.count("->") == 19 and SECRET not in text + seen and os.environ["TRAINER_SECRET"] not in text
-    assert not [line for line in text.splitlines() if str(ROOT) in line or "pytest" in line or "-> shm" in line]
+    assert not [line for line in text.splitlines() if str(ROOT) in line.replace(sys.prefix, "") or "pytest" in line
+                or "-> shm" in line]  # Python's own home may lie in the checkout (.venv)
     assert sorted(map(int, re.findall(r"^\d+$", seen, re.M))) == [0, 1, 2, 3, 4]   # null, the channel, its own pidfd
 
 
@@ -585,7 +586,7 @@ def test_bombs_hit_only_their_own_sandbox(box, fresh, code, error):
     text = box.run("import threading; t = threading.Thread(target=print, args=(1,)); t.start(); t.join()").text
     assert text.endswith("1\n")
     threading.Thread(target=print).start()                                      # the trainer still gets threads
-    assert bomb.run("print(2)").text.endswith("2\n")
+    assert eventually(lambda: bomb.run("print(2)").text.endswith("2\n"))
 
 
 def test_threads_are_counted(fresh):
