@@ -191,7 +191,8 @@ def _serve(control, trainer, *paths):
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     sys.path += [path for path in paths if path not in sys.path]
     import numpy.fft, numpy.random, PIL.ImageDraw, PIL.ImageEnhance, PIL.ImageFilter, PIL.ImageOps  # noqa: F401
-    from matplotlib import pyplot
+    from matplotlib import get_cachedir, pyplot
+    if "/matplotlib-" in get_cachedir(): subprocess.run(["rm", "-rf", get_cachedir()])      # made where home is closed
     with suppress(ImportError): import decord  # noqa: F401
     Image.preinit()
     pyplot.title("loads fonts and canvas for all").figure.canvas.draw()
@@ -316,8 +317,7 @@ def _child(channel, reads, root, spaces):
     console = _Console(space, limit)
     space.update({f"image_clue_{k}": image for k, image in enumerate(images)}, plt=console.plt, np=numpy, Image=Image)
     space.update({f"video_clue_{k}": _video(k, fd, console) for k, fd in enumerate(videos)})
-    random.seed(seed)
-    numpy.random.seed(seed)
+    for source in (random, numpy.random): source.seed(seed)
     for layer in (_landlock, _seccomp):
         try: layer(reads, scratch, videos)
         except (OSError, KeyError, AttributeError) as error: missing.append(f"{layer.__name__[1:]} ({error})")

@@ -773,6 +773,7 @@ def test_nothing_survives_the_trainer(number):
         trainer.wait(10)
         assert eventually(lambda: not children & set(processes()))
         assert eventually(lambda: not any(os.path.exists(os.path.dirname(path)) for path in folders))
+    assert not glob.glob(tempfile.gettempdir() + "/matplotlib-*")               # made for users without a home
 
 
 def test_an_interrupted_call_is_not_answered_later(fresh):
