@@ -406,7 +406,10 @@ def load_policy(name, device=None, dtype=None, max_pixels=2_000_000):
     try:
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation=attention)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        try:
+            processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        except ImportError:                             # older transformers want torchvision for the Auto class alone
+            processor = Qwen2VLImageProcessorPil.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{name} is not a checkpoint that can be loaded: {str(error).splitlines()[0]}") from None
     smallest, largest = processor.size["shortest_edge"], min(processor.size["longest_edge"], max_pixels)

@@ -225,9 +225,8 @@ def test_a_folder_that_is_no_checkpoint(name, tmp_path):
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real tokenizer and photographs are not here")
 def test_image_tokens_of_a_real_photograph():
-    from transformers import AutoImageProcessor
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen2.5-vl-7b")
-    processor = AutoImageProcessor.from_pretrained(SHARED / "qwen2.5-vl-7b", backend="pil")
+    processor = Qwen2VLImageProcessorPil.from_pretrained(SHARED / "qwen2.5-vl-7b")
     stand_in = Policy.__new__(Policy)
     stand_in.tokenizer, stand_in.image_processor, stand_in.image_token = tokenizer, processor, tokenizer.convert_tokens_to_ids("<|image_pad|>")
     photo = Image.open(SHARED / "media" / "astronaut.png").convert("RGB")
