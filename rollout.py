@@ -164,7 +164,7 @@ def play(policy, prompts, group_size, rows, toolbox, limits, max_new_tokens, sam
     while state is not None:
         budget = {row: min(max_new_tokens, limits["max_context"] - len(rows[row].tokens)) for row in state.order}
         policy.generate(state, budget, **sampling, on_stop=stopped)
-        waited, observations = time.perf_counter(), {}
+        observations = {}
         for row in sorted(state.order):
             t = rows[row]
             if t.end_reason is EndReason.ONGOING and observe(policy, t, toolbox.result(row), limits, observations, row):

@@ -8,7 +8,7 @@ token-mean over the whole optimizer step) -> log -> evaluate -> save. What is no
   - No separate log-prob pass: the sampler's log-probs are the old ones; `logprob_gap` reports how far they are off.
   - No separate SFT trainer: token loss on demonstrations is this update with advantage 1 (--stage sft).
 
-  torchrun train.py --task image                                    # the built-in puzzles on a laptop, ten minutes
+  torchrun train.py --task image                    # the built-in puzzles on a laptop, ten to fifteen minutes
   torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-VL-7B-Instruct --data rl.json --out runs/7b
 """
 import errno
@@ -33,7 +33,7 @@ import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from data import DataError, Sample, load, load_templates
+from data import DataError, load, load_templates
 from evaluate import evaluate, parse_flags, write_report
 from model import load_policy, save_policy, shard_policy, tiny_policy
 from reward import Judge, score
@@ -93,7 +93,7 @@ class Config:
     judge_key_file: str = ""                # file with the judge's API key
     timeout: float = 30.0                   # seconds a tool call may take
     unsafe_sandbox: bool = False            # run code without confinement where the system has none
-    slow: bool = False                      # plain model.generate and padded forward passes, for reading and for proofs
+    slow: bool = False                      # rollouts by plain model.generate, for reading and for proofs
     log: str = ""                           # also log to wandb or trackio, if installed
 
 

@@ -10,7 +10,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from data import DataError, Sample, messages
 from model import Policy, load_policy, save_policy, tiny_policy
-from rollout import Plain, Script, Trajectory, rollout
+from rollout import Script, Trajectory, rollout
 
 SHARED = Path(__file__).parents[2] / "shared"
 TEXTS = ["<code>\n```python\nimage_clue_0.crop((1,2,3,4)).show()\n```\n</code>", "<answer>\n\\boxed{red}\n</answer>"]

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 
 import train
-from data import Sample
 from model import tiny_policy
-from rollout import EndReason, Script, Trajectory, rollout
+from rollout import Script, rollout
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
