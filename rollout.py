@@ -105,6 +105,7 @@ def rollout(policy, samples, group_size, *, max_turns=5, max_new_tokens=10_240, 
     """Sample `group_size` trajectories for each sample -> one list of Trajectory per sample.
 
     The last of `max_turns` turns can only answer. max_new_tokens: of one turn; max_context: of the whole trajectory.
+    max_images: in the context; uniform `frames` are not limited.
     tools=False: answer directly; frames=N or "1fps": a video's frames in the context, no tool. on_turn(trajectory) is
     called after every turn. stats: a dict in which seconds_tool, the time that generation waited for tools, is summed.
     A sample that cannot be read becomes trajectories with `error` set; nothing that a policy does raises.
@@ -123,8 +124,10 @@ def rollout(policy, samples, group_size, *, max_turns=5, max_new_tokens=10_240, 
         for t in group:
             t.images, t.prompt_images, t.prompt_length = list(images), len(images), len(prompt.ids)
             t.append(prompt.ids, False, policy.image_token)
-            if len(prompt.ids) >= max_context or len(images) > max_images:
-                t.end_reason = EndReason.OVER_LENGTH if len(images) <= max_images else EndReason.EXCEED_MAX_IMAGES
+            if len(images) > max_images and not frames:
+                t.end_reason = EndReason.EXCEED_MAX_IMAGES
+            elif len(prompt.ids) >= max_context:
+                t.end_reason = EndReason.OVER_LENGTH
         if group[0].end_reason is EndReason.ONGOING:
             prompts, started = prompts + [prompt], started + group
     if prompts:

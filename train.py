@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 import warnings
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from model import load_policy, save_policy, shard_policy, tiny_policy
 from reward import Judge, score
 from rollout import EndReason, Script, rollout, select
 from sandbox import SandboxError
-from tasks.puzzles import captions, corpus, demonstrations, puzzles
+from tasks.puzzles import ANSWER, Difficulty, captions, corpus, demonstrations, puzzles
 
 
 @dataclass
@@ -52,6 +53,8 @@ class Config:
     data: str = ""                          # training file (validation JSON, RL JSON, JSON lines); none: puzzles
     eval_data: str = ""                     # held-out file; none: held-out puzzles when training on puzzles
     prompt_template: str = ""               # JSON object of prompt templates
+    frames: str = ""                        # N or 1fps: a video's frames in the context, no tool (the uniform baseline)
+    difficulty: str = ""                    # JSON object of fields of Difficulty in tasks/puzzles.py
     out: str = ""                           # output folder; none: runs/TASK
     seed: int = 0                           # of puzzles, data order, weights of the tiny policy, sampling
     steps: int = 700                        # optimizer steps
@@ -116,7 +119,8 @@ class Prompts:
         start, self.position = self.position, self.position + n
         mine = range(start + rank, start + n, world)
         if not self.samples:
-            return [puzzles(self.config.task, 1, self.config.seed * 1_000_003 + i)[0] for i in mine]
+            seeds, hard = (self.config.seed * 1_000_003 + i for i in mine), difficulty(self.config)
+            return [puzzles(self.config.task, 1, seed, **hard)[0] for seed in seeds]
         return [self.samples[self._order(i // len(self.samples))[i % len(self.samples)]] for i in mine]
 
     def _order(self, epoch):
@@ -217,7 +221,7 @@ class Run:
         self.prompts = Prompts(config, samples)
         key = config.judge_key_file or None
         self.judge = config.judge and Judge(config.judge, config.judge_model, self.out / "judge.jsonl", api_key=key)
-        names = "max_turns max_new_tokens max_context max_images temperature top_p timeout unsafe_sandbox slow".split()
+        names = "max_turns max_new_tokens max_context max_images temperature top_p frames timeout unsafe_sandbox slow".split()
         self.limits = dict({name: getattr(config, name) for name in names}, templates=templates)
 
     def gather(self, groups):
@@ -454,9 +458,19 @@ def curves(path, rows, start):
     plt.close(figure)
 
 
+def difficulty(config):
+    """--difficulty as arguments of `puzzles`. Raises DataError."""
+    try:
+        return asdict(Difficulty(**json.loads(config.difficulty or "{}")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"--difficulty: expected a JSON object of fields of Difficulty in tasks/puzzles.py ({error})") from None
+
+
 def cold_start(config):
-    """The folder of the tiny policy after SFT on scripted demonstrations: made once for a task and seed, reused."""
-    folder = Path(config.out).parent / f"cold_start_{config.task.replace(',', '_')}_seed{config.seed}"
+    """The folder of the tiny policy after SFT on scripted demonstrations: made once for its settings, then reused."""
+    made_for = [config.task, config.frames, config.difficulty and difficulty(config)]
+    name = "_".join([config.task.replace(",", "_"), *([f"{zlib.crc32(repr(made_for).encode()):08x}"] if any(made_for[1:]) else [])])
+    folder = Path(config.out).parent / f"cold_start_{name}_seed{config.seed}"
     if (folder / "config.json").exists() or dist.is_initialized() and dist.get_rank():
         return str(folder)
     print(f"cold start: teaching the tiny policy to look, into {folder} (reused by later runs)", flush=True)
@@ -465,7 +479,10 @@ def cold_start(config):
     tiny_policy(aside, corpus(config.task), config.seed)
     for make, n, settings in COLD_START:
         stage = replace(config, stage="sft", model=str(aside), out=str(aside), eval_every=0, **settings)
-        run = Run(stage, make(config.task, n, config.seed), None, alone=True)
+        lessons = make(config.task, n, config.seed, **difficulty(config))
+        if config.frames:                               # no tool: the whole demonstration is the right answer
+            lessons = [replace(s, turns=[ANSWER.format(s.answer)]) for s in lessons]
+        run = Run(stage, lessons, None, alone=True)
         train(run, stage)
         save_policy(run.policy, aside)
     aside.rename(folder)
@@ -479,7 +496,8 @@ def configure(argv=None):
     config, given = parse_flags(Config, argv), {word[2:].split("=")[0] for word in argv if word.startswith("--")}
     if not config.model:
         config = replace(config, **{name: value for name, value in LAPTOP.items() if name not in given})
-    config.out = config.out or f"runs/{config.task.replace(',', '_')}"
+    config.out = config.out or f"runs/{config.task.replace(',', '_')}{config.frames and '_' + config.frames}"
+    difficulty(config)
     if config.group_size < 2:
         raise DataError("--group_size must be at least 2: an advantage is a difference from the group's mean")
     choices = dict(stage=("rl", "sft"), rank=("std", "random"), task=("image", "video", "image,video"))
@@ -505,7 +523,7 @@ def begin(config):
         raise DataError('--stage sft needs --data with demonstrations: rows with "turns", what the assistant says')
     held = load(config.eval_data) if config.eval_data else []
     if not held and not samples and config.eval_every:
-        held = puzzles(config.task, config.eval_n, config.seed, split="heldout")
+        held = puzzles(config.task, config.eval_n, config.seed, split="heldout", **difficulty(config))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -538,8 +556,16 @@ def begin(config):
     return run
 
 
+def stop(*_):
+    """Ctrl-C: at once. What runs at the time may be a library that turns KeyboardInterrupt into an error of its own, or
+    a thread of torch that waits; sandboxes end with this process, and checkpoints are complete or absent."""
+    os.write(2, b"train.py: stopped; the last checkpoint is whole (--resume)\n")
+    os._exit(130)
+
+
 def main():
     """Run; bad input is one line and exit code 2, a full disk one line and exit code 1, Ctrl-C 130."""
+    signal.signal(signal.SIGINT, stop)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")          # of a checkpoint by one process
     try:
@@ -551,9 +577,6 @@ def main():
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.exit(print(f"train.py: {error}; the last complete checkpoint is untouched", file=sys.stderr) or 1)
-    except KeyboardInterrupt:
-        print("train.py: stopped; the last checkpoint is whole (--resume)", file=sys.stderr, flush=True)
-        os._exit(130)                                   # at once: what a torch thread is in the middle of is of no use
 
 
 if __name__ == "__main__":
