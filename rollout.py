@@ -10,12 +10,14 @@ to fit; an error in the code is shown to the policy, which can mend it.
 observations from the real sandbox), the other is the slow path through `model.generate`, for reading and for proofs.
 """
 import enum
+import functools
 import random
 import re
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
@@ -105,18 +107,18 @@ def rollout(policy, samples, group_size, *, max_turns=5, max_new_tokens=10_240, 
     """Sample `group_size` trajectories for each sample -> one list of Trajectory per sample.
 
     The last of `max_turns` turns can only answer. max_new_tokens: of one turn; max_context: of the whole trajectory.
-    max_images: in the context; uniform `frames` are not limited.
-    tools=False: answer directly; frames=N or "1fps": a video's frames in the context, no tool. on_turn(trajectory) is
-    called after every turn. stats: a dict in which seconds_tool, the time that generation waited for tools, is summed.
-    A sample that cannot be read becomes trajectories with `error` set; nothing that a policy does raises.
+    max_images: in the context; uniform `frames` are not limited. tools=False: answer directly; frames=N or "1fps": a
+    video's frames in the context, no tool. on_turn(trajectory) is called after every turn. stats: a dict in which
+    seconds_tool, the time that generation waited for tools, is summed. A sample that cannot be read becomes
+    trajectories with `error` set; nothing that a policy does raises.
     """
-    groups = [[Trajectory(sample) for _ in range(group_size)] for sample in samples]
-    prompts, started = [], []
+    groups, prompts, rows = [[Trajectory(sample) for _ in range(group_size)] for sample in samples], [], []
+    tools = tools and not frames
     for sample, group in zip(samples, groups):
         try:
             opened = (None, [open_image(image) for image in sample.images])
             seconds, images = uniform_frames(sample, frames) if frames else opened
-            prompt = policy.encode(messages(sample, templates, tools and not frames, seconds), images)
+            prompt = policy.encode(messages(sample, templates, tools, seconds), images)
         except DataError as error:
             for t in group:
                 t.error, t.end_reason = str(error), EndReason.ERROR_IN_ACTION
@@ -129,78 +131,72 @@ def rollout(policy, samples, group_size, *, max_turns=5, max_new_tokens=10_240, 
             elif len(prompt.ids) >= max_context:
                 t.end_reason = EndReason.OVER_LENGTH
         if group[0].end_reason is EndReason.ONGOING:
-            prompts, started = prompts + [prompt], started + group
-    if prompts:
-        tools = tools and not frames
-        limits = dict(max_turns=max_turns, max_context=max_context, max_images=max_images, tools=tools)
-        with Tools(started, timeout, unsafe_sandbox) as toolbox:
-            play(Plain(policy, started) if slow else policy, prompts, group_size, started, toolbox, limits,
-                 max_new_tokens, dict(temperature=temperature, top_p=top_p, top_k=top_k), on_turn, stats)
+            prompts, rows = prompts + [prompt], rows + group
+    if not prompts:
+        return groups
+    policy, sampling = Plain(policy, rows) if slow else policy, dict(temperature=temperature, top_p=top_p, top_k=top_k)
+    with Tools(rows, timeout, unsafe_sandbox) as toolbox:
+        state = policy.prefill(prompts, group_size)
+        while state is not None:                        # a turn of all rows that are not done
+            budget = {row: min(max_new_tokens, max_context - len(rows[row].tokens)) for row in state.order}
+            act = functools.partial(book, policy, rows, toolbox, tools, max_turns, max_context)
+            policy.generate(state, budget, **sampling, on_stop=act)
+            seen = {}
+            for row in sorted(state.order):
+                if rows[row].end_reason is EndReason.ONGOING:
+                    seen[row] = observe(policy, rows[row], toolbox.result(row), max_context, max_images)
+                if rows[row].end_reason is not EndReason.ONGOING:
+                    seen.pop(row, None)
+                    toolbox.close(row)
+                if on_turn:
+                    on_turn(rows[row])
+            state = policy.extend(state, seen) if seen else None
+    if stats is not None:
+        stats["seconds_tool"] = stats.get("seconds_tool", 0.0) + toolbox.waited
     return groups
 
 
-def play(policy, prompts, group_size, rows, toolbox, limits, max_new_tokens, sampling, on_turn, stats):
-    """Turn after turn until no row is left: generate, run tools, append observations."""
-    def stopped(row, action):
-        """Called while the other rows still generate: book the action and start its code."""
-        t = rows[row]
-        text = policy.tokenizer.decode(action.ids, skip_special_tokens=True)
-        t.append(action.ids, True, policy.image_token)
-        t.logprobs += action.logprobs
-        code = find_code(text) if limits["tools"] and "</answer>" not in text else None
-        t.turns.append(Turn(text, code, n_tokens=len(action.ids)))
-        if not action.complete:
-            full = len(t.tokens) >= limits["max_context"]
-            t.end_reason = EndReason.OVER_LENGTH if full else EndReason.ERROR_IN_ACTION
-        elif "</answer>" in text:
-            t.end_reason, t.answer = EndReason.DONE, extract_answer(text)
-        elif t.turns[-1].code is None:
-            t.end_reason = EndReason.ERROR_IN_ACTION
-        elif len(t.turns) >= limits["max_turns"]:
-            t.end_reason = EndReason.EXCEED_MAX_TURNS
-        else:
-            toolbox.start(row, t.turns[-1].code)
-        if t.end_reason is not EndReason.ONGOING:
-            toolbox.close(row)
-
-    state = policy.prefill(prompts, group_size)
-    while state is not None:
-        budget = {row: min(max_new_tokens, limits["max_context"] - len(rows[row].tokens)) for row in state.order}
-        policy.generate(state, budget, **sampling, on_stop=stopped)
-        observations = {}
-        for row in sorted(state.order):
-            t = rows[row]
-            if t.end_reason is EndReason.ONGOING and observe(policy, t, toolbox.result(row), limits, observations, row):
-                toolbox.close(row)
-            if on_turn:
-                on_turn(t)
-        if stats is not None:
-            stats["seconds_tool"] = stats.get("seconds_tool", 0.0) + toolbox.pop_waited()
-        state = policy.extend(state, observations) if observations else None
+def book(policy, rows, toolbox, tools, max_turns, max_context, row, action):
+    """Append a row's action and start its code; called the moment the row stops, while the others still generate."""
+    t, text = rows[row], policy.tokenizer.decode(action.ids, skip_special_tokens=True)
+    t.append(action.ids, True, policy.image_token)
+    t.logprobs += action.logprobs
+    code = find_code(text) if tools and "</answer>" not in text else None
+    t.turns.append(Turn(text, code, n_tokens=len(action.ids)))
+    if not action.complete:
+        t.end_reason = EndReason.OVER_LENGTH if len(t.tokens) >= max_context else EndReason.ERROR_IN_ACTION
+    elif "</answer>" in text:
+        t.end_reason, t.answer = EndReason.DONE, extract_answer(text)
+    elif code is None:
+        t.end_reason = EndReason.ERROR_IN_ACTION
+    elif len(t.turns) >= max_turns:
+        t.end_reason = EndReason.EXCEED_MAX_TURNS
+    else:
+        toolbox.start(row, code)
 
 
-def observe(policy, t, result, limits, observations, row):
-    """Append a tool's result to trajectory t and put it into `observations`; returns True if it does not fit."""
+def observe(policy, t, result, max_context, max_images):
+    """Append a tool's result to trajectory t, whole or, where it does not fit, not at all. Returns it Encoded."""
     turn = t.turns[-1]
     turn.output, turn.error, turn.images, turn.frames = result.text, result.error, result.images, result.frames
     t.n_tool_calls += 1
-    if len(t.images) + len(result.images) > limits["max_images"]:
+    if len(t.images) + len(result.images) > max_images:
         t.end_reason = EndReason.EXCEED_MAX_IMAGES
-        return True
+        return None
     seen = policy.encode(observation(result, len(t.images)), result.images, after_action=True)
     if t.tokens[-1] == policy.end and seen.ids[0] == policy.end:
         del seen.ids[0]                                 # the policy has closed its turn itself
-    if len(t.tokens) + len(seen.ids) >= limits["max_context"]:
+    if len(t.tokens) + len(seen.ids) >= max_context:
         t.end_reason = EndReason.OVER_LENGTH
-        return True
+        return None
     t.append(seen.ids, False, policy.image_token)
     t.images += result.images
-    observations[row] = seen
-    return False
+    return seen
 
 
 class Tools:
-    """The sandboxes of a batch, each made when its row first runs code; calls of different rows run concurrently."""
+    """The sandboxes of a batch, each made when its row first runs code; calls of different rows run concurrently.
+    waited: seconds spent in `result`."""
 
     def __init__(self, rows, timeout, unsafe):
         self.rows, self.settings, self.waited = rows, dict(timeout=timeout, unsafe=unsafe), 0.0
@@ -233,22 +229,10 @@ class Tools:
         self.waited += time.perf_counter() - began
         return result
 
-    def pop_waited(self):
-        """Seconds spent in `result` since the last call."""
-        waited, self.waited = self.waited, 0.0
-        return waited
-
     def close(self, row):
         """The row is done: its sandbox ends."""
         if row in self.boxes:
             self.pool.submit(self.boxes.pop(row).close)
-
-
-@dataclass
-class Rows:
-    """What `Script` and `Plain` know of their rows: all ids and images that each has in its context so far."""
-    order: list
-    encoded: list
 
 
 class Script:
@@ -259,10 +243,10 @@ class Script:
         self.end, self.turns = policy.end, [list(sample.turns) for sample in samples]
 
     def prefill(self, prompts, group_size):
-        return Rows(list(range(len(prompts) * group_size)), [])
+        return SimpleNamespace(order=range(len(prompts) * group_size))
 
-    def extend(self, state, observations):
-        return Rows(sorted(row for row in observations if self.turns[row]), [])
+    def extend(self, state, seen):
+        return SimpleNamespace(order=[row for row in sorted(seen) if self.turns[row]])
 
     def generate(self, state, budget, on_stop, **sampling):
         for row in state.order:
@@ -272,20 +256,18 @@ class Script:
             on_stop(row, Action(ids, [0.0] * len(ids), True))
 
 
-class Plain:
+class Plain(Script):
     """Stands in for a policy: `model.generate` over everything so far, in every turn again, for every row of a group."""
 
     def __init__(self, policy, rows):
-        self.policy, self.rows, self.tokenizer, self.encode = policy, rows, policy.tokenizer, policy.encode
-        self.image_token, self.end = policy.image_token, policy.end
+        super().__init__(policy, [])
+        self.policy, self.rows = policy, rows
 
-    def prefill(self, prompts, group_size):
-        return Rows(list(range(len(prompts) * group_size)), [])
+    def extend(self, state, seen):
+        return SimpleNamespace(order=sorted(seen))
 
-    def extend(self, state, observations):
-        return Rows(sorted(observations), [])
-
-    def generate(self, state, budget, temperature, top_p, top_k, on_stop):
+    @torch.no_grad()
+    def generate(self, state, budget, on_stop, temperature, **sampling):
         policy, rows = self.policy, [self.rows[row] for row in state.order]
         width = max(len(t.tokens) for t in rows)
         ids = torch.tensor([[policy.end] * (width - len(t.tokens)) + t.tokens for t in rows], device=policy.device)
@@ -293,17 +275,16 @@ class Plain:
         pixels, grid = policy.pixels([image for t in rows for image in t.images])
         images = {} if pixels is None else dict(pixel_values=pixels.to(policy.device, policy.model.dtype),
                                                 image_grid_thw=grid.to(policy.device))
-        sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
-        settings = GenerationConfig(max_new_tokens=max(budget.values()), eos_token_id=sorted(policy.ends), pad_token_id=policy.end,
-                                    output_logits=True, return_dict_in_generate=True, **sampling)
+        sampling = dict(sampling, do_sample=True, temperature=temperature) if temperature else {}
+        settings = GenerationConfig(max_new_tokens=max(budget.values()), eos_token_id=sorted(policy.ends),
+                                    pad_token_id=policy.end, output_logits=True, return_dict_in_generate=True, **sampling)
 
         def stopped(ids, _):
             return torch.tensor([policy.stops(row[width:].tolist()) for row in ids], device=ids.device)
-        with torch.no_grad():
-            out = policy.model.generate(
-                input_ids=ids, attention_mask=real, mm_token_type_ids=(ids == policy.image_token).int(), **images,
-                generation_config=settings, logits_processor=[lambda _, scores: scores + policy.ban],
-                stopping_criteria=StoppingCriteriaList([stopped]))
+        out = policy.model.generate(
+            input_ids=ids, attention_mask=real, mm_token_type_ids=(ids == policy.image_token).int(), **images,
+            generation_config=settings, logits_processor=[lambda _, scores: scores + policy.ban],
+            stopping_criteria=StoppingCriteriaList([stopped]))
         for i, row in enumerate(state.order):
             action = Action([], [])
             for step, token in enumerate(out.sequences[i, width:].tolist()):
