@@ -7,7 +7,9 @@ An image is in the context *and* in the Python session, a video only in the sess
 """
 import functools
 import json
+import os
 import re
+import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ AGENT_PROMPT = (
     "Answer the question below with the help of Python. The session keeps its variables and holds {clues}. print() "
     "shows text; plt.show() shows a figure, which becomes the next image_clue. To run code, write\n<code>\n```python\n"
     "your code\n```\n</code>\nand read what comes back. Look as often as you need. To answer, write\n" + ANSWER_FORMAT)
+SEGMENT = re.compile(rb"\x1a\x45\xdf\xa3.*?\x18\x53\x80\x67\x01(?!\xff{7})(.{7})", re.DOTALL)  # mkv, webm: its bytes
 
 
 class DataError(ValueError):
@@ -54,15 +57,29 @@ def open_image(image, read=lambda opened: opened.convert("RGB")):
         raise DataError(f"{getattr(image, 'filename', image)}: cannot be read as an image ({error})") from error
 
 
+def _cut_short(path):
+    """Does the file end before its boxes (mp4, mov) or its segment (mkv, webm) do? decord may read what there is."""
+    with open(path, "rb") as file:
+        head, end, size = file.read(4096), 0, os.path.getsize(path)
+        if segment := SEGMENT.match(head):
+            return segment.end() + int.from_bytes(segment[1], "big") > size
+        while head[4:8] == b"ftyp" and end + 8 <= size:  # from box to box; 1: the length is 64 bits, 0: up to the end
+            file.seek(end)
+            short, _, long = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+            end += max(8, {0: size - end, 1: long}.get(short, short))
+    return end > size
+
+
 @contextmanager
 def _video(path):
     import decord  # takes half a second to import, and only video needs it
     decord.logging.set_level(decord.logging.QUIET)
-    _need(Path(path).is_file(), f"{path}: no such video")
     try:
+        _need(not _cut_short(path), f"{path}: cut short, some of the video is missing")
         yield decord.VideoReader(str(path), num_threads=1)
-    except (RuntimeError, IndexError, decord.DECORDError) as error:
-        raise DataError(f"{path}: cannot be read as a video (it is empty, cut short or of another kind)") from error
+    except (OSError, RuntimeError, IndexError, decord.DECORDError) as error:
+        why = getattr(error, "strerror", "") or "cannot be read as a video (it is empty, cut short or of another kind)"
+        raise DataError(f"{path}: {why}") from error
 
 
 @functools.lru_cache(maxsize=4096)
@@ -196,20 +213,14 @@ def encode(tokenizer, messages, after_action):
     after_action: the messages answer an action; the ids are what the template puts between the end of that assistant
     turn and the start of the next, so that a trajectory only ever appends ids and never encodes its own text again.
     """
-    texts = []
-
-    def mark(part):
-        texts.append(part.get("text", ""))
-        return {"type": "text", "text": f"\ue000{len(texts) - 1}\ue001"} if part["type"] == "text" else part
-    if after_action:
-        empty = [{"type": "text", "text": ""}]
-        messages = [{"role": role, "content": empty} for role in ("user", "assistant")] + messages
-    messages = [{"role": m["role"], "content": [mark(part) for part in m["content"]]} for m in messages]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    pieces = re.split("\ue000(\\d+)\ue001", text)
-    ids = []
-    for i, piece in enumerate(pieces):
-        if not after_action or i > 3:                                           # behind the mark of the action
-            ids += tokenizer(texts[int(piece)] if i % 2 else piece, add_special_tokens=False,
-                             split_special_tokens=bool(i % 2)).input_ids
+    empty, mark = [{"type": "text", "text": ""}], "\ue000"  # the template is filled with marks, cut there, then encoded
+    before = [{"role": role, "content": empty} for role in ("user", "assistant")] if after_action else []
+    texts = [part["text"] for m in before + messages for part in m["content"] if "text" in part]
+    marked = [{"role": m["role"], "content": [dict(part, text=mark) if "text" in part else part for part in m["content"]]}
+              for m in before + messages]
+    pieces = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True).split(mark)
+    ids, skip = [], len(before)
+    for text, piece in zip(["", *texts][skip:], pieces[skip:], strict=True):
+        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids += tokenizer(piece, add_special_tokens=False).input_ids
     return ids

@@ -1,5 +1,6 @@
 """Data files, good and bad, and the prompts made of them."""
 import json
+import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -30,15 +31,15 @@ def write(folder, rows, name="rows.json"):
     return path
 
 
-def video(path, frames=30, size=(64, 48), rate=10, codec="libx264", stamps=None):
-    """A real video whose frame k has the grey level 8 * k (modulo 256)."""
+def video(path, frames=30, size=(64, 48), rate=10, codec="libx264", stamps=None, **options):
+    """A real video whose frame k has the grey level 8 * k (modulo 256). options: of the container."""
     av = pytest.importorskip("av")
     if codec == "libvpx-vp9" and "decord" in sys.modules:  # the two bring a libvpx each, and the first one loaded wins
         code = f"import sys; sys.path[:] = {[str(entry) for entry in sys.path]}; import test_data as t; "
         code += f"t.video({str(path)!r}, {frames}, {size}, {rate}, {codec!r})"
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
         return path
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for k in range(frames):
@@ -243,15 +244,30 @@ def test_containers_and_shapes(tmp_path, name, size, frames, codec):
     assert len(images) == max(1, frames // 10) and all(image.size == size for image in images)
 
 
+def test_a_telephone_s_portrait_video_stands_upright(tmp_path):
+    data = bytearray(video(tmp_path / "a.mp4").read_bytes())  # stored lying, with the matrix that turns it by 90 degrees
+    at = data.find(b"tkhd") + 44
+    data[at:at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(data)
+    sample = Sample("0", "?", "1", videos=(str(tmp_path / "a.mp4"),))
+    assert "width 48, height 64, 30 frames" in text_of(messages(sample))
+    assert uniform_frames(sample, 1)[1][0].size == (48, 64)
+
+
 def test_broken_videos_are_named_with_their_row(folder):
-    whole = video(folder / "whole.mp4").read_bytes()
-    matroska = video(folder / "whole.mkv").read_bytes()
-    for name, content in (("cut.mp4", whole[:900]), ("cut.mkv", matroska[:len(matroska) // 3]), ("empty.mp4", b""),
-                          ("text.mp4", b"no video"), ("image.mp4", (folder / "red.png").read_bytes())):
+    contents = {"empty.mp4": b"", "text.mp4": b"no video", "image.mp4": (folder / "red.png").read_bytes()}
+    for name, options in (("end.mp4", {}), ("start.mp4", {"movflags": "faststart"}), ("cut.mkv", {}), ("cut.webm", {})):
+        whole = video(folder / name, 300, codec="libx264" if name != "cut.webm" else "libvpx-vp9", **options)
+        contents[name] = whole.read_bytes()[:whole.stat().st_size * 2 // 3]  # where the index lies decides what is left
+    for name, content in contents.items():
         (folder / name).write_bytes(content)
         with pytest.raises(DataError) as error:
             load(write(folder, [ROW, dict(drop(ROW, "image_path"), video_path=name)]))
         assert "row 2" in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_hint_of_an_rl_row_can_be_a_video(folder):
+    video(folder / "whole.mp4")
     hint = dict(drop(RL_ROW, "prompt"), mm_hint={"hint_path": ["whole.mp4"], "hint_type": "video"})
     sample = load(write(folder, [hint]))[0]
     assert sample.videos == (str(folder / "whole.mp4"),) and sample.images == ()
