@@ -102,14 +102,18 @@ def test_a_letter_whose_options_are_in_the_picture():
     ("$5", "5 dollars"), (r"2\sqrt{3}", "2√3"), ("3.4641", r"2\sqrt{3}"), ("2π", r"2\pi"), ("3.14", r"\pi"),
     ("3.1416", "3.14"), ("0.33", "1/3"), ("two", "2"), (r"3 \times 10^{5}", "300000"), ("1e3", "1000"),
     ("about 20", "20"), ("(3,8)", "(3, 8)"), ("5, 7, 9", "(5,7,9)"), ("007", "7"), ("5 m²", "5 m^2"),
-    (r"\boxed{4}", "4")])
+    (r"\boxed{4}", "4"), (".5", "0.5"), ("-.5", "-1/2"), (r"\(\frac{3}{4}\)", "0.75"), (r"\[3\]", "3"), ("½", "0.5"),
+    ("3½", "3.5"), ("10^5", "100000"), ("2^{10}", "1024"), (r"\frac{\sqrt{3}}{2}", "0.866"), (r"\frac{1+2}{4}", "0.75"),
+    (r"3-\sqrt{5}", "0.764"), (r"\sqrt{\frac{1}{4}}", "0.5"), ("3 km/h", "3"), ("60 beats per minute", "60"), ("1e3 m", "1000")])
 def test_numbers_that_are_equal(answer, reference):
     assert verdict(answer, reference) is True
 
 
 @pytest.mark.parametrize("answer, reference", [
     ("3", "-3"), ("5", "4"), ("0.3", "1/3"), ("2.5", "2.54"), ("12.01", "12"), ("75", "0.75"), ("1,201", "1200"),
-    ("1/0", "1"), ("3 cm", "4 cm"), ("two", "3"), ("100.4", "100"), ("50%", "0.05")])
+    ("1/0", "1"), ("3 cm", "4 cm"), ("two", "3"), ("100.4", "100"), ("50%", "0.05"), ("12 cm and 3", "12"),
+    ("3 cm or 2", "3"), ("3 cm, not 2", "3"), ("10-11", "-1"), ("5-2-3", "0"), ("3 is more than it could be", "3"),
+    ("3 cm 2", "3"), ("3.4.5", "3.4"), ("()", "0")])
 def test_numbers_that_are_not(answer, reference):
     assert not verdict(answer, reference)
 
@@ -343,8 +347,9 @@ def test_cache_that_cannot_be_written(tmp_path, endpoint):
 
 def test_the_key_goes_to_the_judge_and_nowhere_else(endpoint, tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setenv("HF_TOKEN", "hf_users_own_token")
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret")
     server = endpoint(lambda body, count: 500)
-    judge = judge_of(server, api_key="sk-secret", cache=tmp_path / "judge.jsonl")
+    judge = judge_of(server, api_key="JUDGE_KEY", cache=tmp_path / "judge.jsonl")
     judge(ITEMS[:1])
     header = {key.lower(): value for key, value in server.seen[0].headers.items()}["authorization"]
     assert header == "Bearer sk-secret"
@@ -356,9 +361,10 @@ def test_the_key_goes_to_the_judge_and_nowhere_else(endpoint, tmp_path, monkeypa
     for source, key in ((str(tmp_path / "key"), "sk-from-file"), ("JUDGE_KEY", "sk-from-variable")):
         judge_of(server, api_key=source)([("q", "r", source)])
         assert f"Bearer {key}" in server.seen[-1].headers.values()
-    with pytest.raises(DataError) as error:
-        judge_of(server, api_key=str(tmp_path / "none"))
-    assert "key" in str(error.value) and str(tmp_path / "none") not in str(error.value)
+    for wrong in (str(tmp_path / "none"), "sk-itself"):  # settings are written to files: a key is none of them
+        with pytest.raises(DataError) as error:
+            judge_of(server, api_key=wrong)
+        assert "key" in str(error.value) and wrong not in str(error.value)
     judge_of(server)(ITEMS[1:2])
     assert "hf_users_own_token" not in json.dumps(server.seen[-1].headers)  # no key is no reason to send another
 
