@@ -127,23 +127,28 @@ def collect(config, samples, folder, settings):
     return list(done.values()) if rank == 0 else []
 
 
-def record(t, index=0, repeat=0):
-    """Trajectory -> its line of rollouts.jsonl: all that results and report need, pictures as thumbnails."""
+def looks(t):
+    """Where in its videos a trajectory looked: seconds of the frames that its code decoded or its context shows."""
     videos, n = [], (t.prompt_images - len(t.sample.images)) // max(1, len(t.sample.videos))    # uniform frames of each
     for k, path in enumerate(() if t.error else t.sample.videos):
         info = video_info(path)
         at = {(i + 0.5) / n * info["frames"] for i in range(n)}
         at |= {frame for turn in t.turns for video, frame in turn.frames if video == k}
         videos.append(dict(looked=sorted(round(f / info["fps"], 2) for f in at), seconds=info["frames"] / info["fps"]))
+    return dict(videos=videos, frames_looked_at=sum(len(v["looked"]) for v in videos),
+                seconds_covered=sum(len({int(second) for second in v["looked"]}) for v in videos))
+
+
+def record(t, index=0, repeat=0):
+    """Trajectory -> its line of rollouts.jsonl: all that results and report need, pictures as thumbnails."""
     return dict(
-        question=t.sample.question, images=[thumbnail(image) for image in t.images[:t.prompt_images]], videos=videos,
+        question=t.sample.question, images=[thumbnail(image) for image in t.images[:t.prompt_images]], **looks(t),
         turns=[dict(text=turn.text, code=turn.code, output=turn.output or turn.error,
                     images=[thumbnail(image) for image in turn.images]) for turn in t.turns],
         error=t.error, answer=t.answer, reference=t.sample.answer, correct=t.correct if t.sample.answer else None,
         reward=t.reward, advantage=t.advantage, tool_calls=t.n_tool_calls, visual_tokens=t.visual_tokens,
-        response_tokens=sum(t.action_mask), frames_looked_at=sum(len(v["looked"]) for v in videos),
-        seconds_covered=sum(len({int(second) for second in v["looked"]}) for v in videos),
-        end_reason=t.end_reason.value, data_source=t.sample.data_source, id=t.sample.id, index=index, repeat=repeat)
+        response_tokens=sum(t.action_mask), end_reason=t.end_reason.value, data_source=t.sample.data_source,
+        id=t.sample.id, index=index, repeat=repeat)
 
 
 def read_state(folder):

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tqdm import tqdm
 
 from data import DataError, load, load_templates
-from evaluate import evaluate, parse_flags, write_report
+from evaluate import evaluate, looks, parse_flags, write_report
 from model import load_policy, save_policy, shard_policy, tiny_policy
 from reward import Judge, score
 from rollout import EndReason, Script, rollout, select
@@ -408,12 +408,14 @@ def measure(run, groups, kept, counts, losses, times):
     def mean(values):
         values = list(values)
         return sum(values) / len(values) if values else 0.0
-    calls = [[turn.code for turn in t.turns if turn.code is not None] for t in sampled]
+    calls, looked = [[turn.code for turn in t.turns if turn.code is not None] for t in sampled], [*map(looks, sampled)]
     seconds = times[1] - times[0]
     return dict(
         step=run.step, reward=mean(t.reward for t in sampled), accuracy=mean(bool(t.correct) for t in sampled),
         tool_calls=mean(t.n_tool_calls for t in sampled), turns=mean(len(t.turns) for t in sampled),
         response_tokens=mean(sum(t.action_mask) for t in sampled), visual_tokens=mean(t.visual_tokens for t in sampled),
+        frames_looked_at=mean(where["frames_looked_at"] for where in looked),
+        seconds_covered=mean(where["seconds_covered"] for where in looked),
         reward_std=mean(statistics.pstdev(t.reward for t in g) for g in groups),
         correct_negative_advantage=mean(t.advantage < 0 for t in right),
         repeated_calls=mean(len(c) - len(set(c)) for c in calls),
