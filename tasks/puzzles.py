@@ -1,6 +1,6 @@
 r"""The built-in puzzles: pictures and videos in which only looking answers, and scripted searchers that look.
 
-They exist so that reinforcement learning of *looking* can be watched on a laptop. What makes them fit for that:
+They exist so that reinforcement learning of *looking* can be watched on a laptop:
   - Image: nine small plates lie on a large picture. What is asked about one of them is painted so finely that its mean
     over the plate is plain grey: at context resolution it is not there (tests train a reader on it, in vain), in a
     crop of a few pixels it is. The picture as a whole carries a hint, right with probability `hint`: the temptation to
@@ -8,18 +8,18 @@ They exist so that reinforcement learning of *looking* can be watched on a lapto
     never right by luck; answers are uniform and independent of the wording, so a blind policy is at chance.
   - Video: a lamp in 20 to 120 seconds of H.264 (PyAV writes it: it brings its own libx264, decord only reads). Either
     it changes its colour every second and one second is asked about, or it is dark and lights up for half a second,
-    once, twice or several times: then code must find the moment. A few uniform frames miss both. Frames are as small
-    as the tiny policy sees them anyway, so that reading a whole clip costs milliseconds.
+    once, twice or several times: then code must find the moment. A few uniform frames miss both. Frames are small, so
+    that reading a whole clip costs milliseconds.
 The demonstrations are of mixed quality on purpose: the shares of looks and the share of looks that aim right leave
 reinforcement learning its work. What an observation shows comes from the real sandbox, so the texts never quote one.
-Everything derives from (task, seed, index, split). A scene belongs to training or to the held-out split by a checksum
-of its own description, so that no choice of seeds can make a held-out puzzle a training puzzle.
+Everything derives from (task, seed, index, split). Whether a scene is held out is decided by its own checksum.
 """
 import hashlib
 import os
 import re
 import tempfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from data import Sample, messages
 COLOURS = {"red": (225, 40, 40), "green": (40, 185, 60), "blue": (50, 70, 230),
            "yellow": (235, 215, 40), "cyan": (40, 210, 220), "magenta": (225, 50, 215)}
 STRIPES = {"level": (0.0, 1.0), "upright": (1.0, 0.0), "rising": (0.7, 0.7), "falling": (0.7, -0.7)}  # across them
+KEPT, UNUSED = 4000, 3 * 3600  # clips in the cache, and seconds after which no run can still need one beyond these
 COUNTS = ("1", "2", "4", "8")  # no number is within 30 % of two of them, so MRA >= 0.5 accepts one guess in four
 VALUES = {"colour": tuple(COLOURS), "stripes": tuple(STRIPES), "second": tuple(COLOURS), "flash": tuple(COLOURS),
           "order": tuple(COLOURS), "count": COUNTS}
@@ -169,8 +170,7 @@ def _paint(scene, d):
 
 
 def _image_sample(name, scene, d, folder=None):
-    return Sample(name, _question(scene), scene["answer"], (_paint(scene, d),), data_source="puzzle_image",
-                  ability=scene["kind"])
+    return Sample(name, _question(scene), scene["answer"], (_paint(scene, d),), (), "puzzle_image", scene["kind"])
 
 
 def _image_look(rng, scene, d):
@@ -178,9 +178,8 @@ def _image_look(rng, scene, d):
     k = scene["asked"] - 1
     if rng.random() >= d.aim:
         k = (k + 1 + int(rng.integers(8))) % 9
-    left, upper, right, lower = _box(d, k)
-    slip = rng.random() < d.slip
-    box = (right, upper, left, lower) if slip else (left, upper, right, lower)  # PIL refuses a box turned inside out
+    box, slip = _box(d, k), rng.random() < d.slip
+    box = (box[2], box[1], box[0], box[3]) if slip else box  # PIL refuses a box turned inside out
     code = f"image_clue_0.crop(({','.join(map(str, box))})).show()"
     return CODE.format(code), None if slip else scene["plates"][k]
 
@@ -264,15 +263,19 @@ def _film(scene, d, path):
 
 def _video_sample(name, scene, d, folder=None):
     """The clip's name is a hash of what it shows. Written aside, then renamed: other processes see only whole files."""
-    owner = os.getuid() if hasattr(os, "getuid") else "user"
-    folder = Path(folder or Path(tempfile.gettempdir()) / f"puzzle-clips-{owner}")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = Path(folder or f"{tempfile.gettempdir()}/puzzle-clips-{os.getuid()}") / scene["split"]
     path = folder / (hashlib.sha256(repr((scene, d.frame)).encode()).hexdigest()[:20] + ".mp4")
-    if not path.exists():
-        handle, aside = tempfile.mkstemp(dir=folder, suffix=".part")
-        os.close(handle)
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}.part")
         _film(scene, d, aside)
-        os.replace(aside, path)
+        aside.replace(path)
+        with suppress(FileNotFoundError):  # another process tidies up, too; after every 256th clip, for it takes a while
+            for old in sorted(folder.iterdir(), key=os.path.getmtime)[:-KEPT] if path.name.startswith("00") else ():
+                if path.stat().st_mtime - old.stat().st_mtime > UNUSED:
+                    old.unlink()
     return Sample(name, _question(scene), scene["answer"], videos=(str(path),), ability=scene["kind"],
                   data_source="vsi_numerical" if scene["kind"] == "count" else "puzzle_video")
 
@@ -321,7 +324,7 @@ def _scenes(task, n, seed, split, use, d):
         # one description in eight is held out, whatever the seed
         while scene is None or (zlib.crc32(repr(scene).encode()) % 8 == 0) != (split == "heldout"):
             scene = DRAW[name](rng, d)
-        yield name, f"{name}-{use}-{split}-{seed}-{index}", rng, scene
+        yield name, f"{name}-{use}-{split}-{seed}-{index}", rng, scene | {"split": split}
 
 
 def _turns(rng, task, scene, d):
@@ -337,9 +340,8 @@ def _turns(rng, task, scene, d):
 
 def puzzles(task, n, seed, split="train", folder=None, **difficulty):
     """n puzzles of `task` ("image", "video" or "image,video", alternating) -> list of Samples; a longer call begins
-    with the same ones. split: "train" or "heldout", never the same scene. Pictures are in memory; videos are mp4 files
-    in `folder` (none: a cache in the temporary folder). difficulty: fields of Difficulty.
-    Raises ValueError for an unknown task or split, TypeError for an unknown difficulty."""
+    with the same ones. split: "train" or "heldout", never the same scene. Videos are mp4 files in `folder` (none: a
+    cache in the temporary folder). difficulty: fields of Difficulty. Raises ValueError or TypeError for unknown names."""
     d = Difficulty(**difficulty)
     return [SAMPLE[task](name, scene, d, folder)
             for task, name, _, scene in _scenes(task, n, seed, split, "puzzle", d)]
@@ -353,8 +355,7 @@ def demonstrations(task, n, seed, folder=None, **difficulty):
 
 
 def captions(task, n, seed, folder=None, **difficulty):
-    """n Samples of one turn that teach to see before demonstrations teach to search: `ability` is crop, whole or call
-    (only the last is code). Nothing of the held-out puzzles is in them."""
+    """n Samples of one turn that teach to see, before demonstrations teach to search; ability: crop, whole or call."""
     d = Difficulty(**difficulty)
     return [CAPTION[task](rng, name, scene, d, folder)
             for task, name, rng, scene in _scenes(task, n, seed, "train", "caption", d)]
@@ -362,13 +363,12 @@ def captions(task, n, seed, folder=None, **difficulty):
 
 def corpus(task, n=60, folder=None, **difficulty):
     """Texts as the policy will read and write them, to train a tokenizer on: prompts, turns, observations, errors. They
-    are cut where texts vary (numbers, answers, the start of an action): then no token, however large the vocabulary,
-    spans a choice of the policy or hides a number of the question, and "40" read is the same token as "40" written."""
+    are cut where texts vary (numbers, answers, the start of an action): then no token spans a choice of the policy or
+    hides a number of the question, and "40" read is the same token as "40" written."""
     texts, n = [OBSERVATION.format(TRACEBACK.format(error)) for error in ERRORS], n * len(task.split(","))
     for sample in captions(task, n, 0, folder, **difficulty) + demonstrations(task, 2 * n, 0, folder, **difficulty):
         texts += [part["text"] for part in messages(sample)[0]["content"] if "text" in part] + sample.turns
         for number in range(len(sample.images), len(sample.images) + len(sample.turns)):
-            shown = OBSERVATION.format(f"\nImage Result:\n<image_clue_{number}>IMAGE</image_clue_{number}>")
-            texts += shown.split("IMAGE")
+            texts += OBSERVATION.format(f"\nImage Result:\n<image_clue_{number}>|</image_clue_{number}>").split("|")
         texts += [OBSERVATION.format(count + "\n") for count in COUNTS if sample.ability == "count"]
     return [piece for text in texts for piece in VARIES.split(text) if piece]

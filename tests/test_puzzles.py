@@ -1,7 +1,9 @@
 """tasks/puzzles.py: nothing but looking answers, looking does answer, and everything follows from the seed."""
 import os
 import re
-from collections import Counter
+import zlib
+from collections import Counter, namedtuple
+from pathlib import Path
 
 import decord
 import numpy as np
@@ -242,11 +244,28 @@ def test_no_guess_passes_for_two_counts(folder):
         assert sum(passed) <= 1, guess
 
 
+def test_old_clips_make_room(tmp_path, monkeypatch):
+    """Beyond KEPT the oldest go, where they are too old to be in use; what was asked for again is not old."""
+    monkeypatch.setattr(module, "KEPT", 2)
+    monkeypatch.setattr(module.hashlib, "sha256", lambda text: namedtuple("Hash", "hexdigest")(
+        lambda: f"00{zlib.crc32(text):018d}"))  # the name of a clip after which the cache is tidied up
+    short = dict(folder=tmp_path, seconds=(20, 21))
+    old, found = [Path(s.videos[0]) for s in puzzles("video", 2, 0, **short)]
+    held_out = Path(puzzles("video", 1, 0, "heldout", **short)[0].videos[0])
+    for clip in (old, found, held_out):
+        os.utime(clip, (0, 0))
+    puzzles("video", 5, 0, **short)
+    os.utime(old, (0, 0))
+    new = [Path(s.videos[0]) for s in puzzles("video", 2, 1, **short)]
+    assert not old.exists() and all(clip.exists() for clip in (found, held_out, *new))
+    assert len(list(tmp_path.rglob("*.mp4"))) == 4 + 1 + 2  # those of the last hours stay, however many
+
+
 def test_clips_are_written_once_and_found_again(folder):
     first = puzzles("video", 2, 11, folder=folder)
-    stamps = [os.stat(s.videos[0]).st_mtime_ns for s in first]
+    files = [os.stat(s.videos[0]).st_ino for s in first]
     again = puzzles("video", 2, 11, folder=folder)
     assert [s.videos for s in again] == [s.videos for s in first]
-    assert [os.stat(s.videos[0]).st_mtime_ns for s in again] == stamps
-    assert not list(folder.glob("*.part"))
+    assert [os.stat(s.videos[0]).st_ino for s in again] == files
+    assert not list(folder.rglob("*.part"))
     assert {s.videos for s in first}.isdisjoint(s.videos for s in puzzles("video", 8, 11, "heldout", folder=folder))
