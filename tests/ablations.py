@@ -1,11 +1,9 @@
 """The paper's four ablations on the built-in puzzles: `python tests/ablations.py --seeds 5` (or --quick).
 
-Every arm is one flag of train.py. All arms of a seed share cold start, prompts and held-out puzzles, so differences are
-taken in pairs, seed by seed. Runs go seed by seed into --out, and those that are finished are kept: a study that was
-stopped goes on, and what is finished is balanced. Accuracy in training is that of rollouts on prompts never seen before.
-The setting was chosen on seeds 100 and 101, looking at the tool reward alone, and fixed before the seeds from 0 were run:
-docs/ablations.md says what was tried. Leaves docs/ablations.json (every number), .md and .png, the latter two drawn
-from the first.
+Every arm is one flag of train.py. All begin from one cold start; the arms of a seed share prompts and held-out puzzles,
+so differences are taken in pairs, seed by seed. Runs go seed by seed, and those that are finished are kept: a study that
+was stopped goes on, and what there is of it is balanced. The setting was fixed before the seeds from 0 were run;
+docs/ablations.md says how. Leaves docs/ablations.json (every number) and, drawn from it, docs/ablations.md and .png.
 """
 import argparse
 import json
@@ -18,33 +16,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+
 DOCS = ROOT / "docs"
-SETTING = {"difficulty": '{"aim": 0.47, "looks": [0.35, 0.05, 0.10, 0.20, 0.30]}', "steps": "40", "batch_size": "6",
-           "eval_every": "20", "save_every": "0"}
-BASE = "all as in the paper"
+COLD_START = dict(seed=100, difficulty='{"aim": 0.60, "looks": [0.35, 0.05, 0.10, 0.20, 0.30]}')
+SETTING = {**train.LAPTOP, "difficulty": '{"hint": 0.78}', "steps": 40, "batch_size": 6, "eval_every": 40,
+           "save_every": 0}
+BASE = "as in the paper"
 ARMS = {BASE: [], "no tool reward": ["--tool_reward", "0"], "random groups": ["--rank", "random"],
         "advantage / std": ["--normalize_std"], "two calls": ["--max_turns", "3"]}
-KEPT = ("accuracy tool_calls correct_negative_advantage repeated_calls empty_calls turn_limit format_errors eval_accuracy "
-        "eval_accuracy_greedy eval_tool_calls").split()        # of each row of metrics.jsonl
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}   # 97.5 % quantile, by n
-
-
-def late(name):
-    return lambda rows: statistics.mean(row[name] for row in rows[-5:])
-
-
-MEASURES = {                                                    # of one run: its rows of metrics.jsonl -> number
+KEPT = """accuracy tool_calls correct_negative_advantage repeated_calls empty_calls turn_limit format_errors
+    eval_accuracy eval_accuracy_greedy eval_tool_calls""".split()   # of each row of metrics.jsonl
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, by n
+MEASURES = {                                                        # of one run: rows of metrics.jsonl -> number
     "held out, sampled": lambda rows: rows[-1]["eval_accuracy"],
     "held out, greedy": lambda rows: rows[-1]["eval_accuracy_greedy"],
-    "early accuracy": lambda rows: statistics.mean(row["accuracy"] for row in rows[:len(rows) // 3]),
+    "early accuracy": lambda rows: mean(rows[:len(rows) // 3], "accuracy"),
     "fluctuation": lambda rows: statistics.pstdev(b["accuracy"] - a["accuracy"] for a, b in zip(rows, rows[1:])),
-    "correct, A < 0": lambda rows: statistics.mean(row["correct_negative_advantage"] for row in rows),
-    "tool calls": late("tool_calls"),
-    "change of calls": lambda rows: late("tool_calls")(rows) - rows[0]["tool_calls"],
-    "repeated calls": late("repeated_calls"),
-    "empty calls": late("empty_calls"),
+    "correct, A < 0": lambda rows: mean(rows, "correct_negative_advantage"),
+    "tool calls": lambda rows: mean(rows[-5:], "tool_calls"),
+    "change of calls": lambda rows: mean(rows[-5:], "tool_calls") - rows[0]["tool_calls"],
+    "repeated calls": lambda rows: mean(rows[-5:], "repeated_calls"),
+    "empty calls": lambda rows: mean(rows[-5:], "empty_calls"),
 }
-EXPECTED = [                                                    # arm, measure, sign of arm - base, the paper's words
+EXPECTED = [                                                        # arm, measure, sign of arm - base, in words
     ("no tool reward", "change of calls", -1, "without the tool reward calls fall, with it they hold or grow"),
     ("no tool reward", "held out, sampled", -1, "without the tool reward accuracy ends lower"),
     ("random groups", "correct, A < 0", +1, "ranking by std lowers the share of correct trajectories with A < 0"),
@@ -52,47 +49,42 @@ EXPECTED = [                                                    # arm, measure, 
     ("advantage / std", "fluctuation", +1, "dividing by the std makes accuracy fluctuate more"),
     ("two calls", "held out, sampled", -1, "a larger turn budget ends higher"),
 ]
+BY_HAND = "\n## How the setting was chosen"                         # the part of docs/ablations.md that is kept
 
 
 # ------------------------------------------------------------------------------------------------ the runs
-def command(out, seed, flags, code=("train.py",)):
-    setting = [word for name, value in SETTING.items() for word in (f"--{name}", value)]
-    return [sys.executable, *code, "--task", "image", "--seed", str(seed), "--out", str(out), *setting, *flags]
+def flags(**settings):
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
 def run(seeds, arms, out, jobs):
-    """Cold starts and runs that are not there yet, `jobs` at a time, seed by seed."""
-    def call(folder, words):
-        with open(out / f"{folder.name}.log", "w") as log:
+    """The runs that are not there yet, `jobs` at a time; first of all the cold start."""
+    def call(words, log):
+        with open(log, "w") as file:
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            if subprocess.run(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT).returncode:
-                sys.exit(f"{folder.name} failed: see {log.name}")
+            if subprocess.run([sys.executable, *words], cwd=ROOT, env=env, stdout=file, stderr=file).returncode:
+                sys.exit(f"a run failed: see {log}")
 
-    def start(seed):
-        folder, code = out / f"cold_start_seed{seed}", "import train; train.cold_start(train.configure())"
-        call(folder, command(folder, seed, [], ("-c", code)))   # returns at once where it exists
-
-    def arm(seed, name, begun):
-        begun.result()
-        folder = place(out, seed, name)
-        if len(rows_of(folder)) < int(SETTING["steps"]):
-            call(folder, command(folder, seed, ARMS[name]))
-        print(f"seed {seed}, {name}: " + ", ".join(f"{m} {f(rows_of(folder)):.2f}" for m, f in MEASURES.items()), flush=True)
+    def one(seed, arm):
+        folder = place(out, seed, arm)
+        if len(rows_of(folder)) < SETTING["steps"]:
+            call(["train.py", *flags(model=start, seed=seed, out=folder, **SETTING), *ARMS[arm]], f"{folder}.log")
+        print(f"seed {seed}, {arm}:", *(f"{m} {f(rows_of(folder)):.2f}," for m, f in MEASURES.items()), flush=True)
 
     out.mkdir(parents=True, exist_ok=True)
+    made = f"cold_start_*_seed{COLD_START['seed']}"
+    if not list(out.glob(made)):
+        print("cold start", flush=True)
+        code = "import train; train.cold_start(train.configure())"
+        call(["-c", code, *flags(out=out / "start", **COLD_START)], out / "cold_start.log")
+    start = next(out.glob(made))
     with ThreadPoolExecutor(jobs) as pool:
-        starts, runs = {}, []
-        for seed in seeds:
-            for ahead in (seed, seed + 1):                      # the next seed's cold start beside this seed's runs
-                if ahead in seeds and ahead not in starts:
-                    starts[ahead] = pool.submit(start, ahead)
-            runs += [pool.submit(arm, seed, name, starts[seed]) for name in arms]
-        for future in runs:
-            future.result()
+        for done in [pool.submit(one, seed, arm) for seed in seeds for arm in arms]:
+            done.result()
 
 
 def place(out, seed, name):
-    return out / f"seed{seed}_{'_'.join(filter(str.isalpha, name.replace(',', '').split()))}"
+    return out / f"seed{seed}_{name.replace(' ', '_').replace('_/_', '_by_')}"
 
 
 def rows_of(folder):
@@ -101,92 +93,95 @@ def rows_of(folder):
 
 
 def gather(out, seeds, arms):
-    """{arm: {seed: rows}} of the seeds that every arm has finished; rows keep what is drawn."""
-    done = [s for s in seeds if all(len(rows_of(place(out, s, a))) == int(SETTING["steps"]) for a in arms)]
+    """{arm: {seed: rows}} of the seeds that every arm has finished; of the rows what is kept."""
+    done = [s for s in seeds if all(len(rows_of(place(out, s, a))) == SETTING["steps"] for a in arms)]
     return {a: {str(s): [{k: round(r[k], 4) for k in KEPT if k in r} for r in rows_of(place(out, s, a))] for s in done}
             for a in arms}
 
 
 # ------------------------------------------------------------------------------------------------ what they say
+def mean(rows, name):
+    return statistics.mean(row[name] for row in rows)
+
+
 def interval(values):
-    """Mean and half of the 95 % interval of Student's t."""
-    spread = STUDENT.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return statistics.mean(values), spread
+    """Mean and half of its 95 % interval (Student's t)."""
+    n = len(values)
+    half = STUDENT.get(n, 2.0) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
+    return statistics.mean(values), half
 
 
 def differences(runs, arm, measure):
     """arm - base, seed by seed."""
-    f = MEASURES[measure]
-    return [f(runs[arm][seed]) - f(runs[BASE][seed]) for seed in runs[BASE]]
-
-
-def verdict(runs, arm, measure, sign):
-    mean, half = interval(differences(runs, arm, measure))
-    word = "not clear from these seeds" if abs(mean) <= half else "shows" if mean * sign > 0 else "the opposite shows"
-    return f"{mean:+.3f} ± {half:.3f}", word
+    return [MEASURES[measure](rows) - MEASURES[measure](runs[BASE][seed]) for seed, rows in runs[arm].items()]
 
 
 def tables(study):
-    """docs/ablations.md but for its last part, which is written by hand."""
+    """What the runs measured, and for each expectation of the paper whether it shows."""
     runs = study["runs"]
-    seeds = list(runs[BASE])
-    lines = [f"{len(seeds)} seeds ({', '.join(seeds)}), {len(runs[BASE][seeds[0]])} steps. Mean ± half of the 95 % interval over seeds.", "",
+    lines = [f"Seeds {', '.join(runs[BASE])}; mean ± half of the 95 % interval over seeds.", "",
              "| | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
-    for arm in runs:
-        cells = [interval([f(rows) for rows in runs[arm].values()]) for f in MEASURES.values()]
-        lines.append(f"| {arm} | " + " | ".join(f"{mean:.2f} ± {half:.2f}" for mean, half in cells) + " |")
-    lines += ["", "| the paper's expectation | measure | arm − base, in pairs | here |", "|---|---|---|---|"]
-    for arm, measure, sign, words in EXPECTED:
-        if arm in runs:
-            lines.append(f"| {words} | {arm}: {measure} | " + " | ".join(verdict(runs, arm, measure, sign)) + " |")
+    for arm, by_seed in runs.items():
+        cells = [interval([measure(rows) for rows in by_seed.values()]) for measure in MEASURES.values()]
+        lines.append(f"| {arm} | " + " | ".join(f"{middle:.2f} ± {half:.2f}" for middle, half in cells) + " |")
+    lines += ["", "| expectation | measure | arm − paper's, in pairs | here |", "|---|---|---|---|"]
+    for arm, measure, sign, words in (row for row in EXPECTED if row[0] in runs):
+        middle, half = interval(differences(runs, arm, measure))
+        seen = "not clear" if abs(middle) <= half else "shows" if middle * sign > 0 else "the opposite shows"
+        lines.append(f"| {words} | {arm}: {measure} | {middle:+.3f} ± {half:.3f} | {seen} |")
     return "\n".join(lines) + "\n"
 
 
 def figure(study, path):
-    """Top: accuracy in training, of base and arm. Bottom: what the ablation is about. Bands: 95 % interval over seeds."""
+    """Top: accuracy in training, paper's and arm. Bottom: what the ablation is about. Bands: 95 % interval."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     runs = study["runs"]
     arms = [arm for arm in runs if arm != BASE]
-    below = {"random groups": "correct_negative_advantage"}
-    _, axes = plt.subplots(2, len(arms), figsize=(3.6 * len(arms), 6), squeeze=False, sharex=True, layout="constrained")
-    for column, arm in enumerate(arms):
-        for axis, name in zip(axes[:, column], ("accuracy", below.get(arm, "tool_calls"))):
+    _, axes = plt.subplots(2, len(arms), figsize=(3.4 * len(arms), 6), squeeze=False, layout="constrained")
+    for column, arm in zip(axes.T, arms):
+        below = "correct_negative_advantage" if arm == "random groups" else "tool_calls"
+        for axis, name, top in zip(column, ("accuracy", below), (1, 4 if below == "tool_calls" else None)):
             for label, colour in ((BASE, "tab:blue"), (arm, "tab:orange")):
-                curves = [[statistics.mean(row[name] for row in rows[max(0, i - 2):i + 1]) for i in range(len(rows))]
-                          for rows in runs[label].values()]     # a mean of three steps
-                steps, points = range(1, len(curves[0]) + 1), [interval(values) for values in zip(*curves)]
-                axis.plot(steps, [mean for mean, _ in points], color=colour, label=label)
-                axis.fill_between(steps, *zip(*((m - h, m + h) for m, h in points)), color=colour, alpha=0.15, lw=0)
-            axis.set(ylim=(0, 1 if name == "accuracy" else 4 if name == "tool_calls" else None), title=name.replace("_", " "))
+                smooth = [[mean(rows[max(0, i - 2):i + 1], name) for i in range(len(rows))]
+                          for rows in runs[label].values()]         # of three steps
+                middle, half = zip(*map(interval, zip(*smooth)))
+                steps, ends = range(1, len(middle) + 1), [(m - h, m + h) for m, h in zip(middle, half)]
+                axis.plot(steps, middle, color=colour, label=label)
+                axis.fill_between(steps, *zip(*ends), color=colour, alpha=0.15, lw=0)
+            axis.set(ylim=(0, top), title=name.replace("_", " "), xlabel="step")
             axis.grid(alpha=0.3)
-        axes[0, column].legend(fontsize=8, loc="lower right")
-        axes[1, column].set_xlabel("step")
+        column[0].legend(fontsize=8, loc="lower right")
     plt.savefig(path, dpi=100)
     plt.close()
+
+
+def write(study):
+    """docs/: the numbers, the tables above what was written by hand, the figure."""
+    page = DOCS / "ablations.md"
+    by_hand = page.read_text().partition(BY_HAND)[2] if page.exists() else "\n"
+    head = "# The paper's ablations, on the puzzles\n\nWritten by `python tests/ablations.py`.\n\n![](ablations.png)\n\n"
+    page.write_text(head + tables(study) + BY_HAND + by_hand)
+    (DOCS / "ablations.json").write_text(json.dumps(study) + "\n")
+    figure(study, DOCS / "ablations.png")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
-    parser.add_argument("--quick", action="store_true", help="two seeds of the first ablation, nothing written to docs/")
+    parser.add_argument("--quick", action="store_true", help="two seeds of the first ablation; docs/ stays as it is")
+    parser.add_argument("--draw", action="store_true", help="no runs: tables and figure of what is finished in --out")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablations")
-    parser.add_argument("--draw", action="store_true", help="no runs: what is finished in --out")
     args = parser.parse_args()
     seeds, arms = (range(2), list(ARMS)[:2]) if args.quick else (range(args.seeds), list(ARMS))
     if not args.draw:
         run(seeds, arms, args.out, args.jobs)
-    study = dict(setting=SETTING, runs=gather(args.out, seeds, arms))
+    study = dict(cold_start=COLD_START, setting=SETTING, runs=gather(args.out, seeds, arms))
     print(tables(study))
     if not args.quick:
         write(study)
-
-
-def write(study, folder=DOCS):
-    (folder / "ablations.json").write_text(json.dumps(study) + "\n")
-    figure(study, folder / "ablations.png")
 
 
 if __name__ == "__main__":

@@ -20,39 +20,40 @@ def row(step, arm, seed):
 
 @pytest.fixture
 def fake_runs(monkeypatch):
-    """Stands in for train.py: notes the command, writes made-up metrics; -> the commands."""
-    commands, steps = [], int(ablations.SETTING["steps"])
+    """Stands in for train.py: notes the runs' flags and writes made-up metrics; -> the flags, run by run."""
+    seen = []
 
     def call(words, cwd, env, stdout, stderr):
-        commands.append(words)
-        flags = dict(zip(words, words[1:]))
-        config = train.parse_flags(train.Config, words[words.index("--task"):])             # every flag exists
-        if "-c" not in words:
-            arm = next(name for name, extra in ablations.ARMS.items() if ablations.command(
-                flags["--out"], config.seed, extra) == words)
-            folder = ablations.Path(flags["--out"])
-            folder.mkdir()
-            folder.joinpath("metrics.jsonl").write_text(
-                "".join(json.dumps(row(step, arm, config.seed)) + "\n" for step in range(1, steps + 1)))
+        given = words[3:] if "-c" in words else words[2:]
+        config = train.parse_flags(train.Config, given)                             # every flag exists
+        folder = ablations.Path(config.out)
+        if "-c" in words:
+            folder.with_name(f"cold_start_image_seed{config.seed}").mkdir()
+        else:
+            arm = next(arm for arm in ablations.ARMS if ablations.place(folder.parent, config.seed, arm) == folder)
+            assert given[len(given) - len(ablations.ARMS[arm]):] == ablations.ARMS[arm]
+            folder.mkdir(exist_ok=True)
+            rows = [row(step, arm, config.seed) for step in range(1, config.steps + 1)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        seen.append(config)
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(subprocess, "run", call)
-    return commands
+    return seen
 
 
-def test_runs_are_shared_kept_and_paired(fake_runs, tmp_path, capsys):
+def test_runs_are_shared_kept_and_paired(fake_runs, tmp_path):
     arms = list(ablations.ARMS)
     ablations.run(range(2), arms, tmp_path, jobs=1)
-    runs = [words for words in fake_runs if "-c" not in words]
-    assert len(runs) == 2 * len(arms) and len(fake_runs) == len(runs) + 2           # one cold start a seed
-    assert len({ablations.Path(words[words.index("--out") + 1]).parent for words in runs}) == 1    # where it is found
-    (tmp_path / "seed1_two_calls" / "metrics.jsonl").write_text("")                 # as if it had been killed
+    start, *runs = fake_runs
+    assert len(runs) == 2 * len(arms) and {r.model for r in runs} == {str(tmp_path / f"cold_start_image_seed{start.seed}")}
+    assert start.seed not in {r.seed for r in runs} and len({r.difficulty for r in runs}) == 1
+    file = tmp_path / "seed1_two_calls" / "metrics.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[:3]))                   # as if it had been killed
     done = ablations.gather(tmp_path, range(2), arms)
     assert all(list(by_seed) == ["0"] for by_seed in done.values())                 # only what every arm has finished
-    (tmp_path / "seed1_two_calls" / "metrics.jsonl").unlink()
-    (tmp_path / "seed1_two_calls").rmdir()
     fake_runs.clear()
     ablations.run(range(2), arms, tmp_path, jobs=1)
-    assert [words[-1] for words in fake_runs if "-c" not in words] == ["3"]         # that one, and no other
+    assert [(r.seed, r.max_turns) for r in fake_runs] == [(1, 3)]                   # that one, and no other
     done = ablations.gather(tmp_path, range(2), arms)
     # the arms' difference is the same for each seed, however far apart the seeds are
     assert ablations.differences(done, "random groups", "held out, sampled") == pytest.approx([0.2, 0.2])
