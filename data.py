@@ -50,8 +50,9 @@ def _need(condition, why):
 
 
 def open_image(image, read=lambda opened: opened.convert("RGB")):
-    """Path or PIL image -> RGB PIL image with its pixels decoded. Raises DataError when it cannot be read."""
+    """PIL image, path or function that opens one -> RGB PIL image with its pixels decoded. DataError: unreadable."""
     try:
+        image = image() if callable(image) else image
         return read(image if isinstance(image, Image.Image) else Image.open(image))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"{getattr(image, 'filename', image)}: cannot be read as an image ({error})") from error
@@ -91,6 +92,26 @@ def video_info(path):
         return dict(width=width, height=height, frames=len(reader), fps=round(len(reader) / (length or 1), 3))
 
 
+@functools.lru_cache(maxsize=256)
+def frame_times(path):
+    """The seconds at which a video's frames are shown (frames,). Raises DataError."""
+    with _video(path) as reader:
+        return reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
+
+
+def middle_frames(path, count):
+    """Numbers of the frames in the middles of `count` equal parts of a video; none twice."""
+    times, length = frame_times(path), video_info(path)["frames"] / video_info(path)["fps"]  # in seconds
+    middles = times[0] + (np.arange(count) + 0.5) * length / count
+    return np.unique(np.searchsorted(times, middles, side="right") - 1).tolist()
+
+
+def show_frames(path, numbers):
+    """Frames of a video, by their numbers, as PIL images. Raises DataError."""
+    with _video(path) as reader:
+        return [Image.fromarray(reader[k].asnumpy()) for k in numbers]
+
+
 def uniform_frames(sample, frames):
     """What a policy that does not choose sees of each video: `frames`=N in the middles of N equal parts, or "1fps".
     Returns (seconds of the frames, context images: the sample's own, then the frames). Raises DataError."""
@@ -98,12 +119,9 @@ def uniform_frames(sample, frames):
     for path in sample.videos:
         length = video_info(path)["frames"] / video_info(path)["fps"]  # in seconds
         count = max(1, int(frames) if per_second == str(frames) else round(length * float(per_second)))
-        with _video(path) as reader:
-            times = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
-            middles = times[0] + (np.arange(count) + 0.5) * length / count
-            wanted = np.unique(np.searchsorted(times, middles, side="right") - 1)
-            seconds += times[wanted].tolist()
-            images += [Image.fromarray(reader[int(k)].asnumpy()) for k in wanted]
+        wanted = middle_frames(path, count)
+        seconds += frame_times(path)[wanted].tolist()
+        images += show_frames(path, wanted)
     return seconds, images
 
 

@@ -14,21 +14,23 @@ import json
 import os
 import re
 import sys
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from data import DataError, Sample, load, load_templates, open_image, video_info
+from data import (DataError, Sample, frame_times, load, load_templates, middle_frames, open_image, show_frames,
+                  video_info)
 from model import load_policy
 from reward import Judge, reward, score
 from rollout import EndReason, Trajectory, rollout
 from sandbox import Sandbox, SandboxError
-from tasks.benchmarks import BENCHMARKS, final_answer, read_benchmark, read_predictions, score_benchmark
+from tasks.benchmarks import BENCHMARKS, PLAIN, read_benchmark, read_predictions, score_benchmark
 from tasks.puzzles import puzzles
 
 
@@ -51,6 +53,7 @@ class EvalConfig:
     max_turns: int = 30                 # turns, the last of which can only answer
     max_new_tokens: int | None = None   # new tokens a turn; none: as in the checkpoint's training, else 10,240
     max_context: int = 32_768           # tokens of a trajectory
+    difficulty: str | None = None       # of puzzles, JSON as in train.py; none: as in the checkpoint's training
     no_tools: bool = False              # answer directly, without Python
     frames: str = ""                    # N or 1fps: a video's frames in the context, no tool (the uniform baseline)
     prompt_template: str = ""           # JSON object of prompt templates
@@ -80,35 +83,41 @@ def parse_flags(cls, argv=None):
 
 
 # ------------------------------------------------------------------------------------------------ rolling out
-def evaluate(policy, samples, *, k=1, batch_size=64, seed=0, tool_reward=0.1, judge=None, judge_only=False, **limits):
-    """k trajectories of each sample, in memory -> means accuracy (0..1), tool_calls, visual_tokens; trajectories.
-    limits: settings of `rollout`. Leaves the policy's generator as it was: training goes on undisturbed. Where a batch
-    raises, its samples run one by one, and the one at fault gets an `error`: it must not end a run of thousands."""
+def evaluate(policy, samples, k=1, *, batch_size=64, seed=0, tool_reward=0.1, judge=None, judge_only=False, **limits):
+    """k trajectories of each sample, in memory, scored; limits: settings of `rollout`. Leaves the policy's generator as
+    it was: training goes on undisturbed. Where a batch raises, its samples run one by one, and the one at fault gets an
+    `error`: it must not end a run of thousands."""
     state, done, size = policy.generator.get_state(), [], max(1, batch_size // k)
     policy.generator.manual_seed(seed)
     for batch in (samples[at:at + size] for at in range(0, len(samples), size)):
-        try:                                            # a benchmark's picture can be a function that opens it
-            opened = [replace(s, images=tuple(i() if callable(i) else i for i in s.images)) for s in batch]
-            done += [t for group in rollout(policy, opened, k, **limits) for t in group]
+        try:
+            done += [t for group in rollout(policy, batch, k, **limits) for t in group]
         except SandboxError:
             raise                                       # this machine cannot run code, for no sample
         except Exception as error:
             if len(batch) > 1:
-                done += [t for one in batch for t in evaluate(policy, [one], k=k, seed=seed, **limits)["trajectories"]]
+                done += [t for one in batch for t in evaluate(policy, [one], k, seed=seed, **limits)]
             else:
                 why = f"{type(error).__name__}: {error}"
                 done += [Trajectory(batch[0], end_reason=EndReason.ERROR_IN_ACTION, error=why) for _ in range(k)]
     policy.generator.set_state(state)
     score(done, tool_reward, judge, judge_only)
-    columns = dict(accuracy="correct", tool_calls="n_tool_calls", visual_tokens="visual_tokens")
-    means = {name: sum(getattr(t, column) for t in done) / max(1, len(done)) for name, column in columns.items()}
-    return {**means, "trajectories": done}
+    return done
 
 
-def collect(config, samples, folder, settings):
+def collect(config, samples, folder):
     """Roll out this process's share of what rollouts.jsonl in `folder` does not hold -> all lines; [] but on rank 0.
     A batch's seed comes from its place, so that a resumed run draws what an uninterrupted one does."""
     rank, world, k = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), config.k
+    limits = {name: getattr(config, name) for name in inspect.signature(rollout).parameters if hasattr(config, name)}
+    limits |= dict(tools=not config.no_tools, templates=config.prompt_template and load_templates(config.prompt_template))
+    if config.ask:
+        (folder / "rollouts.jsonl").unlink(missing_ok=True)
+        limits["on_turn"] = lambda t: print(f"--- turn {len(t.turns)}\n{t.turns[-1].text}\n{t.turns[-1].output}",
+                                            f"[{len(t.turns[-1].images)} figures]", flush=True)
+    Sandbox(unsafe=config.unsafe_sandbox).close()       # where code cannot be confined, say so before a model is loaded
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
     policy = load_policy(config.model, torch.cuda.is_available() and f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     done, right, size = read_state(folder), [], max(1, config.batch_size // k)
     todo = [place for place in range(rank, len(samples), world) if (place, k - 1) not in done]
@@ -117,32 +126,48 @@ def collect(config, samples, folder, settings):
         file.write("\n" * (file.tell() > 0))            # ends the line that a killed process left half-written
         for places in (todo[at:at + size] for at in range(0, len(todo), size)):
             batch, seed = [samples[place] for place in places], config.seed * 1_000_003 + places[0]
-            new = evaluate(policy, batch, k=k, batch_size=config.batch_size, seed=seed, **settings)["trajectories"]
+            new = evaluate(policy, batch, k, batch_size=config.batch_size, seed=seed, **limits)
             file.writelines(json.dumps(record(t, places[n // k], n % k)) + "\n" for n, t in enumerate(new))
             right += [t.correct for t in new]
             bar.set_postfix_str(f"accuracy {np.mean(right):.1%}", refresh=False)
             bar.update(len(new))
-    while rank == 0 and len(done := read_state(folder)) < len(samples) * k:
-        time.sleep(2)                                   # the other processes are still at it
-    return list(done.values()) if rank == 0 else []
+    if world > 1:
+        try:
+            dist.barrier()                              # breaks at once where a process has died
+        except RuntimeError:
+            sys.exit("evaluate.py: another process has ended too early; the same command goes on")
+        dist.destroy_process_group()
+    return list(read_state(folder).values()) if rank == 0 else []
 
 
 def looks(t):
     """Where in its videos a trajectory looked: seconds of the frames that its code decoded or its context shows."""
     videos, n = [], (t.prompt_images - len(t.sample.images)) // max(1, len(t.sample.videos))    # uniform frames of each
     for k, path in enumerate(() if t.error else t.sample.videos):
-        info = video_info(path)
-        at = {(i + 0.5) / n * info["frames"] for i in range(n)}
-        at |= {frame for turn in t.turns for video, frame in turn.frames if video == k}
-        videos.append(dict(looked=sorted(round(f / info["fps"], 2) for f in at), seconds=info["frames"] / info["fps"]))
+        frames = {*middle_frames(path, n), *(frame for turn in t.turns for video, frame in turn.frames if video == k)}
+        times, info = frame_times(path), video_info(path)
+        videos.append(dict(frames=sorted(frames), looked=[round(float(times[i]), 2) for i in sorted(frames)],
+                           seconds=info["frames"] / info["fps"]))
     return dict(videos=videos, frames_looked_at=sum(len(v["looked"]) for v in videos),
                 seconds_covered=sum(len({int(second) for second in v["looked"]}) for v in videos))
 
 
+def strip(path, frames, looked, seconds):
+    """A video as the report shows it: where it was looked at, and at most a dozen of the frames [second, picture]."""
+    some = slice(None, None, -(-len(frames) // 12) or 1)
+    try:
+        shown = [[second, thumbnail(image, 96)] for second, image in zip(looked[some], show_frames(path, frames[some]))]
+    except DataError:
+        shown = []                                      # it breaks where the policy looked
+    return dict(looked=looked, seconds=seconds, shown=shown)
+
+
 def record(t, index=0, repeat=0):
     """Trajectory -> its line of rollouts.jsonl: all that results and report need, pictures as thumbnails."""
+    where, contexts = looks(t), t.images[:len(t.sample.images)]
+    where["videos"] = [strip(path, **video) for path, video in zip(t.sample.videos, where["videos"])]
     return dict(
-        question=t.sample.question, images=[thumbnail(image) for image in t.images[:t.prompt_images]], **looks(t),
+        question=t.sample.question, images=[thumbnail(image) for image in contexts], **where,
         turns=[dict(text=turn.text, code=turn.code, output=turn.output or turn.error,
                     images=[thumbnail(image) for image in turn.images]) for turn in t.turns],
         error=t.error, answer=t.answer, reference=t.sample.answer, correct=t.correct if t.sample.answer else None,
@@ -159,65 +184,61 @@ def read_state(folder):
 
 
 # ------------------------------------------------------------------------------------------------ results
-def by_source(samples, scores):
-    """Percent right of all samples, and of each data_source."""
-    sources, scores = [sample.data_source for sample in samples], 100 * np.array(scores)
-    parts = {source: scores[np.array(sources) == source].mean() for source in sorted(set(sources))}
-    return {"score": scores.mean(), "scores": parts}
-
-
 def bootstrap(summary, samples, scores, seed=0):
-    """{name: [value, low, high]} in percent of what `summary` makes of scores (0..1, a list for each of k repeats);
-    95 % intervals; "" is the score. Rows that are one question in several forms are drawn together, and a drawn copy
-    counts as a question of its own, so that scores over seeds or composites stay what they are."""
-    clusters, found, rng = defaultdict(list), defaultdict(list), np.random.default_rng(seed)
-    for i, sample in enumerate(samples):
-        meta = getattr(sample, "meta", {})
-        form = sample.question.split("\n")[0] if "cycle" in meta else i
-        clusters[meta.get("seed", meta.get("composite", form))].append(i)
-    clusters = list(clusters.values())
-    for n in range(1 + int(np.clip(300_000 // (len(samples) * len(scores)), 200, 2000))):
-        draw = rng.integers(0, len(clusters), len(clusters)) if n else range(len(clusters))    # first, all as they are
-        places = [i for k in draw for i in clusters[k]]
-        rows = [replace(samples[i], meta={**samples[i].meta, "seed": copy, "composite": copy})
-                if hasattr(samples[i], "meta") else samples[i] for copy, k in enumerate(draw) for i in clusters[k]]
-        results = [summary(rows, [repeat[i] for i in places]) for repeat in scores]
-        for name in ("", *results[0]["scores"]):
-            found[name].append(np.mean([result["scores"][name] if name else result["score"] for result in results]))
-    return {name: [v[0], *np.percentile(v[1:], [2.5, 97.5]).round(2).tolist()] for name, v in found.items() if v[1:]}
+    """scores (k, n) in 0..1, of each of k repeats -> {"score": percents (1 + D,), "scores": {name: percents (1 + D,)}}:
+    first what `summary` makes of them, then of D = 1,000 resamples of the questions. A question's repeats are drawn
+    together, and so are rows that are one question in several forms. The same samples and seed: the same draws."""
+    units, rng = {}, np.random.default_rng(seed)
+    unit = [units.setdefault(getattr(sample, "unit", i), len(units)) for i, sample in enumerate(samples)]
+    n = len(units)
+    weights = np.array([np.ones(n), *(np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(1000))])[:, unit]
+    found = [summary(samples, np.array(repeat), weights) for repeat in scores]
+    return {"score": np.mean([one["score"] for one in found], 0),
+            "scores": {name: np.mean([one["scores"][name] for one in found], 0) for name in found[0]["scores"]}}
+
+
+def interval(draws):
+    """95 % of the resamples."""
+    return np.percentile(draws[1:], [2.5, 97.5]).round(2).tolist()
 
 
 def summarize(config, samples, lines, judge):
-    """Lines in order of (index, repeat) -> results.json. A benchmark's rule replaces the training rule's verdict."""
-    for part in [lines[repeat::config.k] for repeat in range(config.k)] if config.benchmark else ():
-        graded = score_benchmark(config.benchmark, samples, [t["answer"] or "" for t in part], judge, config.judge_only)
-        for line, correct in zip(part, graded["correct"]):
-            line.update(correct=correct, reward=reward(correct >= 0.5, line["tool_calls"]))
-    scores = np.reshape([float(line["correct"]) for line in lines], (len(samples), config.k)).T     # (k, samples)
-    points = bootstrap(getattr(BENCHMARKS.get(config.benchmark), "summary", by_source), samples, scores.tolist())
-    overall, *interval = points.pop("")
+    """Lines in order of (index, repeat) -> results.json. Fills in what each line's answer is worth."""
+    bench = BENCHMARKS.get(config.benchmark, PLAIN)
+    rows, answers = [samples[line["index"]] for line in lines], [line["answer"] or "" for line in lines]
+    graded = score_benchmark(config.benchmark, rows, answers, judge, config.judge_only)
+    for line, worth in zip(lines, graded["correct"]):
+        line.update(correct=worth, reward=reward(worth >= 0.5, line["tool_calls"]))
+    scores = np.reshape(graded["correct"], (len(samples), config.k)).T                              # (k, n)
+    found = bootstrap(bench.summary, samples, scores)
+    draws = {"avg@k": bootstrap(PLAIN.summary, samples, scores)["score"],
+             "pass@k": bootstrap(PLAIN.summary, samples, scores.max(0, keepdims=True))["score"], **found["scores"]}
     means = ("tool_calls", "visual_tokens", "response_tokens", "frames_looked_at", "seconds_covered")
-    return {"score": overall, "interval": interval, "n": len(samples), "k": config.k, "avg@k": 100 * scores.mean(),
-            "pass@k": 100 * scores.max(0).mean(), **{name: np.mean([line[name] for line in lines]) for name in means},
-            "end_reasons": dict(Counter(line["end_reason"] for line in lines)), "settings": asdict(config),
-            "errors": sum(line["error"] is not None for line in lines),
-            "judge_failures": judge.failures if judge else 0,
-            "scores": {name: point[0] for name, point in points.items()},
-            "intervals": {name: point[1:] for name, point in points.items()},
-            "correct": {f"{i} {sample.id}": x for i, (sample, x) in enumerate(zip(samples, scores.mean(0)))}}
+    errors = [line["error"] for line in lines if line["error"]]
+    return {"score": found["score"][0], "interval": interval(found["score"]), "n": len(samples), "k": config.k,
+            **{name: draws[name][0] for name in ("avg@k", "pass@k")},
+            **{name: np.mean([line[name] for line in lines]) for name in means},
+            "end_reasons": dict(Counter(line["end_reason"] for line in lines)), "undecided": graded["undecided"],
+            "errors": len(errors), "first_error": next(iter(errors), ""),
+            "judge_failures": judge.failures if judge else 0, "judge_error": judge.last_error if judge else "",
+            "scores": {name: draws[0] for name, draws in found["scores"].items()},
+            "intervals": {name: interval(values) for name, values in draws.items()}, "settings": asdict(config),
+            "correct": {f"{i} {sample.id}": x for i, (sample, x) in enumerate(zip(samples, scores.mean(0)))},
+            "draws": found["score"][1:].round(3).tolist()}
 
 
 def compare(files):
     """Two results.json -> text: the paired difference with its 95 % interval, and the samples that differ."""
     try:
-        a, b = (json.loads(Path(path).read_text("utf-8"))["correct"] for path in files)
-        both = [key for key in a if key in b]
-        paired = bootstrap(by_source, [Sample(key, "", "") for key in both], [[b[key] - a[key] for key in both]])[""]
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise DataError(f"--compare {' '.join(files)}: not two results with samples in common ({error!r})") from error
-    summary = "B - A: {:+.1f} points, 95 % interval [{:+.1f}, {:+.1f}]; {} samples in both, {} in one only; different:"
-    return "\n".join([summary.format(*paired, len(both), len({*a} ^ {*b})),
-                      *[f"  {key}: A {a[key]:g}, B {b[key]:g}" for key in both if a[key] != b[key]]])
+        a, b = (json.loads(Path(path).read_text("utf-8")) for path in files)
+        if [*a["correct"]] != [*b["correct"]]:
+            raise ValueError("they are of different samples")
+        draws = np.array([[one["score"], *one["draws"]] for one in (a, b)])                 # (2, 1 + D), paired
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--compare {' '.join(files)}: not two results of the same samples ({error!r})") from error
+    summary = "B - A: {:+.1f} points, 95 % interval [{:+.1f}, {:+.1f}]; {} samples, different:"
+    return "\n".join([summary.format(b["score"] - a["score"], *interval(draws[1] - draws[0]), len(a["correct"])), *[
+        f"  {key}: A {x:g}, B {b['correct'][key]:g}" for key, x in a["correct"].items() if x != b["correct"][key]]])
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -245,12 +266,20 @@ def write_report(path, trajectories, title):
 
 
 # ------------------------------------------------------------------------------------------------ command line
+def read_json(file):
+    """The settings that a run's or evaluation's config.json holds; {} where there is none."""
+    try:
+        return json.loads(Path(file).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def read_samples(config):
-    """What is asked, by the flags. What is wrong with it is found here, before a model is loaded."""
+    """What is asked, by the flags; [] for puzzles. What is wrong with it is found here, before a model is loaded."""
     if config.benchmark:
         return read_benchmark(config.benchmark, config.data, media=not config.predictions)
     if not config.ask:
-        return load(config.data) if config.data else puzzles(config.task, config.n, config.seed, split="heldout")
+        return load(config.data) if config.data else []
     question, file = config.ask if len(config.ask) == 2 else ("", "")
     if not Path(file).is_file():
         raise DataError(f"--ask takes a question and an image or video file; {file!r} is no file")
@@ -260,27 +289,45 @@ def read_samples(config):
         return [Sample("ask", question, "", videos=(file,))] if video_info(file) else []
 
 
+def newest(config):
+    """The newest runs/*/step_N of a run that fits: trained on this task, with the same --frames. Raises DataError."""
+    runs = [(file.parent, read_json(file)) for file in Path("runs").glob("*/config.json")]
+    steps = [step for folder, run in runs if {*config.task.split(",")} <= {*run.get("task", "").split(",")}
+             and run.get("frames", "") == config.frames and (config.data or config.ask or not run.get("data"))
+             for step in folder.glob("step_*") if (step / "config.json").exists()]
+    if not steps:
+        flags = f"--task {config.task}" + (f" --frames {config.frames}" if config.frames else "")
+        raise DataError(f"no checkpoint of a run with {flags} under runs/: make one with `python train.py {flags}` "
+                        "(about ten minutes), or name one with --model")
+    return str(max(steps, key=os.path.getmtime))
+
+
 def settle(config):
-    """Check the flags, fill in what is none (the model: the newest runs/*/step_N of a run on the task) and make the
-    folder of the results: --out, or one that these settings always get; never another run's. Returns it."""
-    if not config.model and not config.predictions:
-        runs = [file for file in Path("runs").glob("*/config.json") if f'"task": "{config.task}"' in file.read_text()]
-        steps = [step for run in runs for step in run.parent.glob("step_*") if (step / "config.json").exists()]
-        if not steps:
-            raise DataError(f"no checkpoint of task {config.task} under runs/: make one with `python train.py --task "
-                            f"{config.task}` (about ten minutes), or name one with --model")
-        config.model = str(max(steps, key=os.path.getmtime))
-    training = Path(config.model).parent / "config.json"
-    tokens = json.loads(training.read_text("utf-8")).get("max_new_tokens", 10_240) if training.exists() else 10_240
-    bench, puzzle = BENCHMARKS.get(config.benchmark), not config.data and not config.ask
-    k, heat, top_k = (bench.k, bench.temperature, bench.top_k) if bench else (1, 1.0, 0) if puzzle else (1, 0.5, 20)
-    for name, value in dict(k=k, temperature=heat, top_k=top_k, max_new_tokens=tokens).items():
+    """Check the flags, fill in what is none and make the folder of the results: --out, or one that these settings
+    always get; never another run's. Returns samples and folder."""
+    if not re.fullmatch(r"|[1-9]\d*|\d*\.?\d+fps", config.frames):
+        raise DataError(f"--frames {config.frames}: expected a number of frames, or a rate such as 1fps")
+    samples, bench = read_samples(config), BENCHMARKS.get(config.benchmark, PLAIN)
+    if samples:
+        config.task = ",".join(sorted({"video" if sample.videos else "image" for sample in samples}))
+    elif not {*config.task.split(",")} <= {"image", "video"}:
+        raise DataError(f"--task {config.task}: choose from image, video and image,video")
+    config.model = config.model or ("" if config.predictions else newest(config))
+    training = read_json(Path(config.model).parent / "config.json")
+    heat, top_k = (bench.temperature, bench.top_k) if samples else (1.0, 0)
+    unset = dict(k=bench.k, temperature=heat, top_k=top_k, max_new_tokens=training.get("max_new_tokens", 10_240),
+                 difficulty=training.get("difficulty", ""))
+    config.k = 1 if config.predictions else config.k
+    for name, value in unset.items():
         setattr(config, name, value if getattr(config, name) is None else getattr(config, name))
     for name, least in dict(n=1, k=1, batch_size=1, max_turns=1, max_new_tokens=1, temperature=0).items():
         if getattr(config, name) < least:
             raise DataError(f"--{name} must be at least {least}")
-    if not re.fullmatch(r"|[1-9]\d*|[\d.]+fps", config.frames):
-        raise DataError(f"--frames {config.frames}: expected a number of frames, or a rate such as 1fps")
+    try:
+        hard = json.loads(config.difficulty or "{}")
+        samples = samples or puzzles(config.task, config.n, config.seed, "heldout", **hard)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"--difficulty {config.difficulty}: expected a JSON object as train.py does ({error})") from error
     free = ("out", "batch_size", "judge", "judge_model", "judge_only", "judge_key_file")     # may change on resuming
     state = {name: value for name, value in asdict(config).items() if name not in free}
     state["model_time"] = os.path.getmtime(config.model) if os.path.isdir(config.model) else 0
@@ -293,46 +340,35 @@ def settle(config):
         file.write_text(state, encoding="utf-8")
     except OSError as error:
         raise DataError(f"--out {file.parent} cannot be written: {error.strerror}") from error
-    return file.parent
+    return samples, file.parent
 
 
 def run(config):
     """What the flags say: samples -> lines of rollouts.jsonl -> results and report."""
     if config.compare:
         return print(compare(config.compare))
-    samples, folder = read_samples(config), settle(config)
-    limits = {name: getattr(config, name) for name in inspect.signature(rollout).parameters if hasattr(config, name)}
-    limits["templates"] = config.prompt_template and load_templates(config.prompt_template)
-    cache, key = folder / "judge.jsonl", config.judge_key_file
-    judge = Judge(config.judge, config.judge_model, cache, api_key=key) if config.judge else None
-    grading = dict(judge=None if config.benchmark else judge, judge_only=config.judge_only)
+    samples, folder = settle(config)
+    judge = config.judge and Judge(config.judge, config.judge_model, folder / "judge.jsonl", api_key=config.judge_key_file)
     if config.predictions:
-        config.k, extract = 1, str if config.benchmark else final_answer     # a benchmark's rule does it by itself
-        done = [Trajectory(replace(sample, images=(), videos=()), answer=extract(answer), end_reason=EndReason.DONE)
-                for sample, answer in zip(samples, read_predictions(config.predictions, samples))]
-        score(done, **grading)
-        lines = [record(t, i) for i, t in enumerate(done)]
+        lines = [record(Trajectory(replace(sample, videos=()), answer=answer, end_reason=EndReason.DONE), i)
+                 for i, (sample, answer) in enumerate(zip(samples, read_predictions(config.predictions, samples)))]
     else:
-        Sandbox(unsafe=config.unsafe_sandbox).close()   # where code cannot be confined, say so before a model is loaded
-        if config.ask:
-            (folder / "rollouts.jsonl").unlink(missing_ok=True)
-            limits["on_turn"] = lambda t: print(f"--- turn {len(t.turns)}\n{t.turns[-1].text}\n{t.turns[-1].output}",
-                                                f"[{len(t.turns[-1].images)} figures]", flush=True)
-        lines = collect(config, samples, folder, {**grading, **limits, "tools": not config.no_tools})
-    if lines and not config.ask:
+        lines = collect(config, samples, folder)
+    if not lines:
+        return                                          # rank 0 has them
+    if not config.ask:
         results = summarize(config, samples, lines, judge)
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(BENCHMARKS[config.benchmark].table(results) if config.benchmark else "\n".join(
-            f"{name:<20}{value:8.1f}  {results['intervals'][name]}" for name, value in results["scores"].items()))
+        print(BENCHMARKS.get(config.benchmark, PLAIN).table(results))
+        long = ("score", "interval", "scores", "intervals", "settings", "correct", "draws")
         print(*(f"{name:<20}{round(value, 1) if isinstance(value, float) else value}" for name, value in results.items()
-                if name not in ("scores", "intervals", "correct", "settings")), sep="\n")
-    if lines:
-        (folder / "rollouts.tmp").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        (folder / "rollouts.tmp").replace(folder / "rollouts.jsonl")
-        for file in folder.glob("rollouts.rank*.jsonl"):
-            file.unlink()
-        write_report(folder / "rollouts.html", lines, f"{config.benchmark or config.data or config.task}, {folder}")
-        print(f"{folder}/rollouts.html shows every trajectory")
+                if name not in long), sep="\n")
+    (folder / "rollouts.tmp").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "rollouts.tmp").replace(folder / "rollouts.jsonl")
+    for file in folder.glob("rollouts.rank*.jsonl"):
+        file.unlink()
+    write_report(folder / "rollouts.html", lines, f"{config.benchmark or config.data or config.task}, {folder}")
+    print(f"{folder}/rollouts.html shows every trajectory")
 
 
 def main(argv=None):

@@ -432,7 +432,7 @@ def held_out(run, config):
     for name, temperature in (("", config.temperature), ("_greedy", 0.0)):
         limits = dict(run.limits, temperature=temperature)
         with run.policy.whole(config.unshard_rollout):
-            done = evaluate(run.policy, run.held_out[run.rank::run.world], judge=run.judge, **limits)["trajectories"]
+            done = evaluate(run.policy, run.held_out[run.rank::run.world], judge=run.judge, **limits)
         rows = [(1, bool(t.correct), t.n_tool_calls, t.visual_tokens) for t in done]
         n, *sums = run.sum(torch.tensor(rows, dtype=torch.float64).reshape(-1, 4).sum(0)).tolist()
         for key, value in zip(("accuracy", "tool_calls", "visual_tokens"), sums):

@@ -21,22 +21,21 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 from PIL import Image
 
 from data import DataError, Sample
-from reward import choices, extract_answer, mean_relative_accuracy, verify
+from reward import MRA_SOURCES, choices, extract_answer, mean_relative_accuracy, value, verify
 
 FLOAT = r"([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)"
-LATEX = [(r"\\[dt]frac", r"\\frac"), (r"\\frac(\d)(\d)", r"((\1)/(\2))"), (r"\\sqrt(\d)", r"((\1)**.5)"), (r"\^", "**"),
-         (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\sqrt\{([^{}]*)\}", r"((\1)**.5)"),
-         (r"\*\*\{([^{}]*)\}", r"**(\1)"), (r"\\cdot|\\times|×", "*"), (r"\\pi|π", f"({math.pi})"),
-         (r"(?<=[\d.)])(?=\()|(?<=\))(?=\d)", "*"), (r"(?<=\d),(?=\d{3}(?!\d))", "")]
 
 
 @dataclass
 class Row(Sample):
-    """A Sample that keeps the record it was made of: category, type, seed, … and the "options", {letter: text}."""
+    """A Sample that keeps the record it was made of: category, type, seed, … and the "options", {letter: text}.
+    unit: the same for rows that are one question in several forms; intervals draw them together."""
     meta: dict = field(default_factory=dict)
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,14 @@ class Benchmark:
     size: int  # rows of the full benchmark
     files: tuple  # where the records are, the best first: glob patterns, joined by " + " when all must be there
     rule: Callable  # (answer, row) -> score in 0..1, or None: cannot tell
-    summary: Callable  # (rows, scores) -> {"score": percent, "scores": {name: percent}}
+    summary: Callable  # (rows, scores (n,), weights (D, n)) -> {"score": percents (D,), "scores": {name: percents}}
     paper: tuple  # the scores of `methods`
     fields: tuple = ("{id}", "{question}", "{answer}")  # of a record
     images: tuple = ("image",)  # fields with pictures; a video is always in "video"
     prepare: Callable = lambda record, file: record  # brings a record of another layout into the one of `fields`
     extract: Callable = lambda prediction: final_answer(prediction)  # what the rule reads
     methods: tuple = ("Qwen2.5-VL-7B", "PyVision-Image")
-    turns: int = 30
-    context: int = 32_768  # tokens
+    unit: str = "{id}"  # rows of which this is the same are one question in several forms
     temperature: float = 0.5
     top_k: int = 20
     k: int = 1  # samples a row, whose scores are averaged
@@ -77,8 +75,8 @@ class Benchmark:
         images, videos = (tuple(map(find, filter(None, found))) for found in (
             [record[key] for key in self.images], [record.get("video")]))
         row = Row(name, question + record.get("form", ""), answer, images, videos, record.get("data_source", ""),
-                  meta=record | {"options": options})
-        self.summary([row], [0.0])  # a field that it needs and does not find is an error now, not after the run
+                  meta=record | {"options": options}, unit=self.unit.format(**{"id": name, **record}))
+        self.summary([row], np.zeros(1), np.ones((1, 1)))  # a field that it needs and does not find is an error now, not after the run
         return row
 
     def matches(self, prediction, row):
@@ -88,11 +86,13 @@ class Benchmark:
 
     def table(self, result):
         """The paper's table with this run as its last line, then the parts of the score."""
-        tokens = f" (~{result['visual_tokens']:.0f} visual tokens)" if "visual_tokens" in result else ""
-        lines = [*zip(self.methods, self.paper), (f"this run{tokens}", result["score"]), *result["scores"].items()]
-        width = max(len(name) for name, _ in lines)
-        return "\n".join([f"{self.title}, {result['n']:,} of {self.size:,} rows"] + [
-            f"{name:{width}}  {score if isinstance(score, str) else format(score, '.1f'):>5}" for name, score in lines])
+        tokens = f" (~{result['visual_tokens']:.0f} visual tokens)" if result.get("visual_tokens") else ""
+        found = {f"this run{tokens}": result["score"], **result["scores"]}
+        ranges = {f"this run{tokens}": result["interval"], **result["intervals"]} if "interval" in result else {}
+        ranges = {name: "  [{:.1f}, {:.1f}]".format(*limits) for name, limits in ranges.items()}
+        lines, width = [*zip(self.methods, self.paper), *found.items()], max(map(len, (*self.methods, *found)))
+        return "\n".join([f"{self.title}, {result['n']:,} of {self.size or result['n']:,} rows"] + [
+            f"{name:{width}}  {x if isinstance(x, str) else format(x, '.1f'):>5}{ranges.get(name, '')}" for name, x in lines])
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -199,17 +199,20 @@ def read_predictions(file, rows):
 def score_benchmark(name, rows, predictions, judge=None, judge_only=False):
     """Rows and their predictions -> {"score", "scores", "n", "undecided", "correct"}; score and scores in percent.
     `judge` maps [(question, reference, answer)] to True, False or None each. It gets in one call what the rule cannot
-    tell (judge_only: every row with an answer); where it says None the rule stands. `undecided` counts the rows that
-    nobody could tell: they are wrong. `correct` holds the rows' scores in 0..1."""
-    benchmark = BENCHMARKS[name]
+    tell (judge_only: every row with an answer, but for what is right in part, such as MRA); where it says None the rule
+    stands. `undecided` counts the rows that nobody could tell: they are wrong. `correct`: the rows' scores in 0..1."""
+    benchmark = BENCHMARKS.get(name, PLAIN)
     correct = [benchmark.matches(prediction, row) for row, prediction in zip(rows, predictions, strict=True)]
     answers = [benchmark.extract(prediction or "") for prediction in predictions]
-    asked = [i for i, score in enumerate(correct) if judge and answers[i] and (judge_only or score is None)]
+    asked = [i for i, score in enumerate(correct) if judge and answers[i] and (score is None or judge_only and not (
+        0 < score < 1 or rows[i].data_source.endswith(MRA_SOURCES)))]
     verdicts = judge([(rows[i].question, rows[i].answer, answers[i]) for i in asked]) if asked else []
     for i, verdict in zip(asked, verdicts, strict=True):
         correct[i] = correct[i] if verdict is None else verdict
-    result = {"n": len(rows), "undecided": correct.count(None), "correct": [float(score or 0) for score in correct]}
-    return benchmark.summary(rows, result["correct"]) | result
+    scores = [float(score or 0) for score in correct]
+    found = benchmark.summary(rows, np.array(scores), np.ones((1, len(rows))))
+    return {"score": float(found["score"][0]), "scores": {name: float(x[0]) for name, x in found["scores"].items()},
+            "n": len(rows), "undecided": correct.count(None), "correct": scores}
 
 
 def final_answer(prediction):
@@ -252,19 +255,25 @@ def _by_words(text, row):
     return next((verify(words, row) for words in (text, tail) if len(words) < 200), None)
 
 
-def _percents(rows, scores, outer, inner="", over=fmean):
-    """Percent of each group of rows, the mean of its parts; patterns over Row.meta name the groups and the parts."""
+def _weighted(scores, weights):
+    """Percent right (D,) of scores (n,), by each row of weights (D, n); 0 where nothing has any weight."""
+    return 100 * (weights @ scores) / np.maximum(weights.sum(1), 1e-9)
+
+
+def _percents(rows, scores, weights, outer, inner=""):
+    """{group: percents (D,), the mean of those of its parts}; patterns over Row.meta name the groups and the parts."""
     groups = {}
-    for row, score in zip(rows, scores, strict=True):
-        groups.setdefault(outer.format(**row.meta), {}).setdefault(inner.format(**row.meta), []).append(score)
-    return {name: 100 * fmean(map(over, parts.values())) for name, parts in groups.items()}
+    for i, row in enumerate(rows):
+        names = {"data_source": row.data_source, **getattr(row, "meta", {})}
+        groups.setdefault(outer.format(**names), {}).setdefault(inner.format(**names), []).append(i)
+    return {name: np.mean([_weighted(scores[part], weights[:, part]) for part in parts.values()], 0)
+            for name, parts in groups.items()}
 
 
-def _summary(*groups, overall=("",)):
+def summary(*groups, overall=("",)):
     """A summary: the mean over all rows (or over the groups that `overall` makes), and the percents of all `groups`."""
-    return lambda rows, scores: {
-        "score": fmean(_percents(rows, scores, *overall).values()),
-        "scores": {name: percent for group in groups for name, percent in _percents(rows, scores, *group).items()}}
+    return lambda *asked: {"score": np.mean([*_percents(*asked, *overall).values()], 0),
+                           "scores": {name: x for group in groups for name, x in _percents(*asked, *group).items()}}
 
 
 # The benchmarks -----------------------------------------------------------------------------------------------------
@@ -286,41 +295,32 @@ def _mathvision_rule(text, row):
     for target in (row.answer, row.meta["options"].get(row.answer, row.answer)):
         a, b = (re.sub(drop, "", re.split(r"=|\\approx", x.lower())[-1]).strip(":").rstrip(".") for x in (text, target))
         tuples = [x[1:-1].split(",") if re.fullmatch(r"[(\[].*,.*[)\]]", x) else [x] for x in (a, b)]
-        numbers = [[_value(part) for part in parts] for parts in tuples]
-        # Quirk: to the script the orders 5-2-3-1-4 and 5-4-3-2-1 are both -5, and so equal
-        known = None not in sum(numbers, []) and not re.fullmatch(r"\d+(-\d+){2,}", b)
-        verdicts.append(a == b or (numbers[0] == numbers[1] if known else None))
+        # Quirk: to the script the orders 5-2-3-1-4 and 5-4-3-2-1 are both -5, and so equal; to `value` they are none
+        numbers = [[value(part) for part in parts] for parts in tuples]
+        known = None not in sum(numbers, [])
+        verdicts.append(a == b or (np.round(numbers[0], 2).tolist() == np.round(numbers[1], 2).tolist() if known else None))
     return True in verdicts or (False if False in verdicts or letter and row.meta["options"] else None)
 
 
-def _value(text):
-    """The number at two decimals that LaTeX arithmetic stands for, or None."""
-    for pattern, plain in LATEX * 4:  # the innermost braces first
-        text = re.sub(pattern, plain, text[:400])
-    if re.search(r"[^\d.+\-*/()]", text):
-        return None
-    try:  # digits and operators, nothing else; floats, so that 9^9^9^9 overflows instead of growing
-        return round(eval(re.sub(r"\d+\.?\d*|\.\d+", lambda x: repr(float(x[0])), text)), 2)
-    except (SyntaxError, ArithmeticError, NameError, TypeError, ValueError, MemoryError, RecursionError):
-        return None
-
-
-def _wemath_summary(rows, scores):
+def _wemath_summary(rows, scores, weights):
     """Four kinds of composite problem: IK part and whole wrong, IG only the whole wrong, CM parts and whole right, RM
     only the whole right; strict wants all parts, loose one. S1: all parts; S2, S3: wholes of two and three steps."""
-    composites, steps = {}, {}
-    for row, score in zip(rows, scores, strict=True):
+    wholes, steps = {}, {}  # places of rows
+    for i, row in enumerate(rows):
         n, part = row.meta["key"].split("steps_")
-        composites.setdefault((int(n), row.meta["ID"]), {})[part] = score >= 0.5
-        steps.setdefault(f"S{n}" if part == "multi" else "S1", []).append(score)
-    whole = [(parts.pop("multi"), list(parts.values())) for (n, _), parts in composites.items()
+        wholes.setdefault((int(n), row.meta["ID"]), {})[part] = i
+        steps.setdefault(f"S{n}" if part == "multi" else "S1", []).append(i)
+    whole = [(parts.pop("multi"), [*parts.values()]) for (n, _), parts in wholes.items()
              if "multi" in parts and len(parts) == n + 1]  # those of which no row is missing
-    result, share = {}, 100 / max(len(whole), 1)  # the script divides by 525, which a subset does not have
-    ik, ig = (share * sum(not multi and all(subs) == known for multi, subs in whole) for known in (False, True))
-    for name, mastered in (("strict", all), ("loose", any)):
-        cm, rm = (sum(multi and mastered(subs) == known for multi, subs in whole) for known in (True, False))
-        result |= {name: share * cm + ig / 2, f"CM {name}": share * cm, f"RM {name}": 100 * rm / max(cm + rm, 1)}
-    result |= {"IK": ik, "IG": ig} | {name: 100 * fmean(steps[name]) for name in sorted(steps)}
+    right, drawn = scores >= 0.5, weights[:, [multi for multi, _ in whole]]  # the script divides by 525, no subset's N
+    multi, every, some = np.array([(right[multi], all(right[subs]), any(right[subs])) for multi, subs in whole]
+                                  or np.zeros((0, 3)), bool).T
+    share = lambda kind: _weighted(kind, drawn)
+    ik, ig, result = share(~multi & ~every), share(~multi & every), {}
+    for name, mastered in (("strict", every), ("loose", some)):
+        cm, rm = share(multi & mastered), share(multi & ~mastered)
+        result |= {name: cm + ig / 2, f"CM {name}": cm, f"RM {name}": _weighted(np.array([0, 1]), np.stack([cm, rm], 1))}
+    result |= {"IK": ik, "IG": ig} | {x: _weighted(scores[steps[x]], weights[:, steps[x]]) for x in sorted(steps)}
     return {"score": result["strict"], "scores": result}
 
 
@@ -333,6 +333,16 @@ def _dynamath_record(record, file):
     return record | {"id": record.get("index") or (f"{seed}-{variant[1]}" if variant else seed), "seed": seed,
                      "answer": float(answer) if kind == "float" else answer, "form": form.get(kind, ""),
                      "level": record.get("knowledge_level") or record["level"]}
+
+
+def _dynamath_summary(rows, scores, weights):
+    """The mean over rows and, as worst case, the share of seeds with every variant right."""
+    seeds = {}
+    for row, score in zip(rows, scores):
+        seeds.setdefault(row.unit, []).append(score)
+    worst, variants = np.array([(min(seeds[row.unit]), len(seeds[row.unit])) for row in rows]).T
+    found = summary(("average",), ("{subject}",), ("{level}",))(rows, scores, weights)
+    return found | {"scores": found["scores"] | {"worst case": _weighted(worst, weights / variants)}}
 
 
 def _dynamath_rule(text, row):
@@ -380,41 +390,41 @@ def _vsi_rule(text, row):
     return mean_relative_accuracy(float(word), float(row.answer)) if re.fullmatch(FLOAT, word) else 0.0
 
 
+PLAIN = Benchmark("Accuracy", "", 0, (), verify, summary(("{data_source}",)), (), methods=())  # what is no benchmark
 BENCHMARKS = {
     "vstar": Benchmark(
         "V* (avg@32)", "craigwu/vstar_bench", 191,
         ("test_questions.jsonl", "direct_attributes/sa_*.json + relative_position/sa_*.json"), _choice,
-        _summary(("{category}",)), (78.5, 88.7), ("{question_id}", "{text}", "{label}"), prepare=_vstar_record,
+        summary(("{category}",)), (78.5, 88.7), ("{question_id}", "{text}", "{label}"), prepare=_vstar_record,
         temperature=0.01, top_k=0, k=32),
     **{f"hrbench-{size}k": Benchmark(
         f"HRBench-{size}K", "DreamMr/HR-Bench", 800, (f"hr_bench_{size}k.tsv",), _choice,
-        _summary(("{category}", "{cycle_category}"), ("cycle {cycle_category}",), overall=("", "{cycle_category}")),
+        summary(("{category}", "{cycle_category}"), ("cycle {cycle_category}",), overall=("", "{cycle_category}")),
         paper, ("{index}", "{question}", "{answer}"),
-        prepare=lambda record, file: record | {"options": [record[x] for x in "ABCD" if record[x]]})
+        prepare=lambda record, file: record | {"options": [record[x] for x in "ABCD" if record[x]]}, unit="{question}")
         for size, paper in ((4, (71.6, 78.1)), (8, (67.9, 74.3)))},
     "mathverse": Benchmark(
         "MathVerse", "AI4Math/MathVerse", 3940, ("testmini.json",),  # what is neither equal nor a letter is the judge's
         lambda text, row: text == row.answer or (False if re.fullmatch("[A-H]{2}", text + row.answer) else None),
-        _summary(("{problem_version}",), ("{metadata[subject]}",), ("subfield {metadata[subfield]}",)), (45.6, 55.8),
-        ("{sample_index}", "{query_wo}", "{answer}")),
+        summary(("{problem_version}",), ("{metadata[subject]}",), ("subfield {metadata[subfield]}",)), (45.6, 55.8),
+        ("{sample_index}", "{query_wo}", "{answer}"), unit="{problem_index}"),
     "mathvision": Benchmark(
         "MathVision", "MathLLMs/MathVision", 3040, ("data/test.jsonl", "test.jsonl", "data/test-*.parquet"),
-        _mathvision_rule, _summary(("level {level}",), ("{subject}",)), ("–", 28.7)),
+        _mathvision_rule, summary(("level {level}",), ("{subject}",)), ("–", 28.7)),
     "wemath": Benchmark(
         "WeMath", "We-Math/We-Math", 1740, ("data/testmini.json", "testmini.json"), _by_words, _wemath_summary,
-        (34.6, 47.7), ("{ID} {key}", "{question}\n{option}", "{answer}"), ("image_path",)),
+        (34.6, 47.7), ("{ID} {key}", "{question}\n{option}", "{answer}"), ("image_path",), unit="{ID}"),
     "dynamath": Benchmark(
         "DynaMath", "DynaMath/DynaMath_Sample", 5010,
         ("DynaMath.tsv", "data/sample*.parquet", "dataset/dataset.json", "dataset.json"), _dynamath_rule,
-        _summary(("average",), ("worst case", "{seed}", min), ("{subject}",), ("{level}",)), (53.3, 61.6),
-        prepare=_dynamath_record),
+        _dynamath_summary, (53.3, 61.6), prepare=_dynamath_record, unit="{seed}"),
     "tir-bench": Benchmark(
-        "TIR-Bench", "Agents-X/TIR-Bench", 1215, ("TIR-Bench.json",), _tir_rule, _summary(("{task}",)), (16.0, 19.8),
+        "TIR-Bench", "Agents-X/TIR-Bench", 1215, ("TIR-Bench.json",), _tir_rule, summary(("{task}",)), (16.0, 19.8),
         ("{id}", "{prompt}", "{answer}"), ("image_1", "image_2"), lambda record, file: {"image_2": None} | record,
         str.strip),
     "vsi-bench": Benchmark(
         "VSI-Bench", "nyu-visionx/VSI-Bench", 5130, ("test.jsonl", "test-*.parquet"), _vsi_rule,
-        _summary(("{kind}", "{question_type}"), overall=("{kind}", "{question_type}")), (38.0, "~37", 45.6, 44.0),
+        summary(("{kind}", "{question_type}"), overall=("{kind}", "{question_type}")), (38.0, "~37", 45.6, 44.0),
         ("{id}", "{question}", "{ground_truth}"), (), _vsi_record, temperature=0.01, top_k=0, methods=(
             "Qwen2.5-VL-7B, 1 fps (~45K tokens)", "Video-R1 (~25K)", "SpaceR (~25K)", "PyVision-Video (~5K)")),
 }

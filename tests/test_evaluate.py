@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -20,10 +21,10 @@ from PIL import Image
 import evaluate
 import train
 from data import Sample
-from evaluate import EvalConfig, bootstrap, by_source, main, parse_flags, record, write_report
+from evaluate import EvalConfig, bootstrap, interval, main, parse_flags, record, write_report
 from model import load_policy, save_policy, tiny_policy
 from rollout import EndReason, Script, Trajectory, Turn, rollout
-from tasks.benchmarks import BENCHMARKS, Row
+from tasks.benchmarks import BENCHMARKS, PLAIN, Row
 from tasks.puzzles import puzzles
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,12 @@ def fails(capsys, *flags):
     return error
 
 
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 def results(folder):
     return json.loads((folder / "results.json").read_text())
 
@@ -130,23 +137,28 @@ def test_help_shows_every_flag_with_comment_and_default(capsys, config):
 def test_intervals_are_those_of_the_mean():
     samples = [Sample(str(i), "?", "a", data_source="ab"[i % 2]) for i in range(200)]
     scores = [[float(i % 4 < 2) for i in range(200)]]
-    value, low, high = bootstrap(by_source, samples, scores)[""]
-    assert value == 50 and abs(high - low - 2 * 1.96 * 100 * (0.25 / 200) ** 0.5) < 1.5 and low < 50 < high
-    assert bootstrap(by_source, samples, scores)["a"][0] == 50
+    found = bootstrap(PLAIN.summary, samples, scores)
+    low, high = interval(found["score"])
+    assert found["score"][0] == 50 and abs(high - low - 2 * 1.96 * 100 * (0.25 / 200) ** 0.5) < 1.5 and low < 50 < high
+    assert found["scores"]["a"][0] == 50
     # 4 samples of each question that all agree are no more evidence than one
-    repeated = bootstrap(by_source, samples, scores * 4)[""]
-    assert abs((repeated[2] - repeated[1]) - (high - low)) < 1
+    repeated = interval(bootstrap(PLAIN.summary, samples, scores * 4)["score"])
+    assert abs((repeated[1] - repeated[0]) - (high - low)) < 1
 
 
-def test_rows_that_are_one_question_are_drawn_together():
-    right = [i < 20 for i in range(40)]
-    rows = [Row(f"{seed}-{v}", "?", "a", meta={"seed": str(seed), "subject": "x", "level": 1})
-            for seed in range(40) for v in range(5)]
-    scores = [[float(right[seed]) for seed in range(40) for _ in range(5)]]
-    found = bootstrap(BENCHMARKS["dynamath"].summary, rows, scores)
-    assert found["average"][0] == found["worst case"][0] == 50
-    assert found["average"] == found["worst case"]              # drawn copies do not merge into one seed
-    assert found["average"][2] - found["average"][1] > 25       # 40 questions, not 200
+@pytest.mark.parametrize("name, meta", [
+    ("dynamath", lambda unit, form: {"subject": "x", "level": 1}), ("hrbench-4k", lambda unit, form: {
+        "category": "single", "cycle_category": form}), ("wemath", lambda unit, form: {
+            "ID": str(unit), "key": "2steps_" + ("1", "2", "multi")[form % 3]})])
+def test_rows_that_are_one_question_are_drawn_together(name, meta):
+    forms = 3
+    rows = [Row(f"{unit}-{v}", "?", "a", meta=meta(unit, v), unit=str(unit)) for unit in range(40) for v in range(forms)]
+    found = bootstrap(BENCHMARKS[name].summary, rows, [[float(i // forms < 20) for i in range(len(rows))]])
+    low, high = interval(found["score"])
+    assert found["score"][0] == 50 and 25 < high - low < 36     # of 40 questions; of 120 rows it would be 18
+    if name == "dynamath":
+        assert (found["scores"]["average"] == found["score"]).all()
+        assert np.allclose(found["scores"]["worst case"], found["score"])       # each draw, in which seeds come twice
 
 
 # ------------------------------------------------------------------------------------------------ evaluating
@@ -156,11 +168,11 @@ def test_evaluate_in_memory_leaves_the_generator_alone(model):
     before = policy.generator.get_state()
     first, again = (evaluate.evaluate(policy, samples, **limits) for _ in range(2))
     assert (policy.generator.get_state() == before).all()
-    assert [t.tokens for t in first["trajectories"]] == [t.tokens for t in again["trajectories"]]
-    assert [t.sample.id for t in first["trajectories"]] == [s.id for s in samples for _ in range(2)]
-    other = evaluate.evaluate(policy, samples, **limits, seed=1)["trajectories"]
-    assert [t.tokens for t in other] != [t.tokens for t in first["trajectories"]]
-    assert first["accuracy"] == np.mean([t.correct for t in first["trajectories"]]) and first["visual_tokens"] > 0
+    assert [t.tokens for t in first] == [t.tokens for t in again]
+    assert [t.sample.id for t in first] == [s.id for s in samples for _ in range(2)]
+    other = evaluate.evaluate(policy, samples, **limits, seed=1)
+    assert [t.tokens for t in other] != [t.tokens for t in first]
+    assert all(t.correct in (True, False) and t.visual_tokens for t in first)       # scored
 
 
 def test_what_an_evaluation_leaves(model, rows, tmp_path, capsys):
@@ -175,7 +187,9 @@ def test_what_an_evaluation_leaves(model, rows, tmp_path, capsys):
     assert found["pass@k"] == pytest.approx(100 * right.max(1).mean())
     assert found["interval"][0] <= found["score"] <= found["interval"][1]
     assert found["scores"]["deepeyes"] == pytest.approx(100 * right[1::2].mean())
-    assert set(found["intervals"]) == {"vstar", "deepeyes"}
+    assert set(found["intervals"]) == {"vstar", "deepeyes", "avg@k", "pass@k"}      # on every accuracy
+    low, high = found["intervals"]["pass@k"]
+    assert low <= found["pass@k"] <= high and found["intervals"]["avg@k"] == found["interval"]
     assert found["tool_calls"] == pytest.approx(np.mean([line["tool_calls"] for line in rollouts]))
     assert sum(found["end_reasons"].values()) == 32 and found["errors"] == found["judge_failures"] == 0
     assert list(found["correct"].values()) == pytest.approx(right.mean(1).tolist())
@@ -206,15 +220,27 @@ def test_other_settings_do_not_mix_with_a_run(model, rows, tmp_path, capsys):
     run(*flags, "--batch_size", 3)                              # this one may change
 
 
-def test_processes_share_the_work(model, rows, tmp_path):
+def test_processes_share_the_work_and_one_that_dies_ends_the_other(model, rows, tmp_path, monkeypatch):
     flags = ["--model", model, "--data", rows, "--temperature", "0", "--max_new_tokens", "20"]
     run(*flags, "--out", tmp_path / "one")
-    both = [subprocess.Popen([sys.executable, ROOT / "evaluate.py", *flags, "--out", tmp_path / "two"],
-                             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
-    assert [process.wait(timeout=240) for process in both] == [0, 0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    subprocess.run([*torchrun, ROOT / "evaluate.py", *flags, "--out", tmp_path / "two"], check=True, timeout=300)
     assert lines(tmp_path / "two") == lines(tmp_path / "one")
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
         "config.json", "results.json", "rollouts.html", "rollouts.jsonl"]
+
+    for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()).items():
+        monkeypatch.setenv(name, str(value))                    # this process is the first of two, the other one dies
+    dies = "import os, torch.distributed as dist; dist.init_process_group('gloo'); os._exit(0)"
+    other = subprocess.Popen([sys.executable, "-c", dies], env=dict(os.environ, RANK="1"))
+    with pytest.raises(SystemExit, match="goes on"):
+        run(*flags, "--out", tmp_path / "half")
+    torch.distributed.destroy_process_group()
+    assert other.wait(60) == 0 and not (tmp_path / "half" / "results.json").exists()
+    assert [line["index"] for line in lines(tmp_path / "half")] == [0, 2, 4, 6]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    run(*flags, "--out", tmp_path / "half")                     # the same command goes on, with fewer processes too
+    assert lines(tmp_path / "half") == lines(tmp_path / "one")
 
 
 def test_a_sample_that_fails_is_recorded_and_the_others_run(model):
@@ -223,23 +249,38 @@ def test_a_sample_that_fails_is_recorded_and_the_others_run(model):
     samples = [Sample(str(i), "?", "red", images=(picture(i),)) for i in range(3)]
     samples[1].images = (broken,)
     samples.append(Sample("gone", "?", "red", images=("gone.png",)))
-    done = evaluate.evaluate(load_policy(model), samples, k=2, max_new_tokens=8)["trajectories"]
+    done = evaluate.evaluate(load_policy(model), samples, k=2, max_new_tokens=8)
     assert ["no such cell" in (t.error or "") for t in done] == [False] * 2 + [True] * 2 + [False] * 4
     assert [bool(t.turns) for t in done] == [True] * 2 + [False] * 2 + [True] * 2 + [False] * 2
     assert not done[2].correct and "gone.png" in done[-1].error
     assert record(done[2])["error"] == done[2].error
 
 
-def test_the_newest_checkpoint_of_the_task_is_found(model, tmp_path, monkeypatch, capsys):
+def test_the_newest_checkpoint_that_fits_is_found(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "train.py --task image" in fails(capsys, "--n", 2)
-    shutil.copytree(Path(model).parents[1], tmp_path / "runs")
-    shutil.copytree(model, tmp_path / "runs" / "image" / "step_2")
-    os.utime(tmp_path / "runs" / "image" / "step_1", (1, 1))
-    assert "train.py --task video" in fails(capsys, "--n", 2, "--task", "video")
+    assert "train.py --task image`" in fails(capsys, "--n", 2)
+    for age, (name, settings) in enumerate([
+            ("image", {}), ("of_data", {"data": "rl.json"}), ("both", {"task": "image,video"}),
+            ("frames", {"task": "video", "frames": "8"}), ("hard", {"task": "image", "difficulty": '{"hint": 0.5}'})]):
+        shutil.copytree(model, tmp_path / "runs" / name / "step_1")
+        os.utime(tmp_path / "runs" / name / "step_1", (9 - age, 9 - age))
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(
+            {"task": "image", "max_new_tokens": 4, "data": "", "frames": "", "difficulty": "", **settings}))
+    (tmp_path / "runs" / "cold_start").mkdir()
+    (tmp_path / "runs" / "cold_start" / "config.json").write_text("half a fi")
+
+    def chosen(*flags):
+        config = parse_flags(EvalConfig, [*flags, "--n", "1", "--out", str(tmp_path / "-".join(flags))])
+        evaluate.settle(config)
+        return Path(config.model).parent.name
+    assert chosen() == "image" and chosen("--task", "video") == "both"
+    assert chosen("--task", "video", "--frames", "8") == "frames"
+    assert "train.py --task video --frames 9`" in fails(capsys, "--task", "video", "--frames", "9")
+    os.utime(tmp_path / "runs" / "hard" / "step_1", (99, 99))
     shown = run("--n", 2, capsys=capsys)
     folder = tmp_path / re.search(r"(\S+)/rollouts.html", shown)[1]
-    assert results(folder)["settings"]["model"] == "runs/image/step_2" and len(lines(folder)) == 2
+    assert results(folder)["settings"]["model"] == "runs/hard/step_1" and len(lines(folder)) == 2
+    assert results(folder)["settings"]["difficulty"] == '{"hint": 0.5}'              # as that run was trained
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -313,6 +354,7 @@ def test_a_benchmark_with_pictures_in_its_table(model, tmp_path, capsys):
     assert [line["correct"] for line in rollouts] == said and any(said)
     assert found["score"] == pytest.approx(100 * np.mean(said)) and found["errors"] == 0
     assert found["interval"] == [round(found["score"], 2)] * 2  # one question in four forms: always drawn whole
+    assert found["settings"]["max_turns"] == 30 and found["settings"]["max_context"] == 2**15
 
 
 class Yes(http.server.BaseHTTPRequestHandler):
@@ -361,20 +403,25 @@ def test_a_video_line_says_where_it_was_looked_at(model, tmp_path):
     sample = Sample("v", "?", "4", videos=(str(MEDIA / "photo_tour.mp4"),))             # 12 s at 25 fps
     t = Trajectory(sample, turns=[Turn(frames=[(0, 0), (0, 10), (0, 100)]), Turn(frames=[(0, 100), (0, 290)])])
     line = record(t)
-    assert line["videos"] == [{"looked": [0, 0.4, 4, 11.6], "seconds": 12}]
+    (strip,) = line["videos"]
+    assert (strip["looked"], strip["seconds"]) == ([0, 0.4, 4, 11.6], 12) and [x for x, _ in strip["shown"]] == strip["looked"]
+    assert len({uri for _, uri in strip["shown"]}) == 4 and max(map(len, line["images"]), default=0) == 0
     assert (line["frames_looked_at"], line["seconds_covered"]) == (4, 3)
     run("--model", model, "--data", MEDIA / "real_video_val_dataset.json", "--frames", 6, "--out", tmp_path,
         "--max_new_tokens", 4)
     found, (first, *_) = results(tmp_path), lines(tmp_path)
     assert found["frames_looked_at"] == 6 and found["tool_calls"] == 0 and found["visual_tokens"] >= 6
-    assert first["videos"] == [{"looked": [1, 3, 5, 7, 9, 11], "seconds": 12}] and len(first["images"]) == 6
+    (strip,) = first["videos"]
+    assert strip["looked"] == [1, 3, 5, 7, 9, 11] and len(strip["shown"]) == 6 and first["visual_tokens"] >= 6
+    many = record(Trajectory(sample, turns=[Turn(frames=[(0, k) for k in range(300)])]))            # it looked everywhere
+    assert len(many["videos"][0]["looked"]) == 300 and len(many["videos"][0]["shown"]) == 12 and many["seconds_covered"] == 12
 
 
 # ------------------------------------------------------------------------------------------------ the report
 def hostile(i):
     """Every text that a policy or a data file can write holds markup."""
     turn = Turn(f"turn {HOSTILE}", f"code {HOSTILE}", f"output {HOSTILE}", None, [picture(i, (40, 30))])
-    t = Trajectory(Sample(f"{i} {HOSTILE}", f"question {i} {HOSTILE}", f"reference {HOSTILE}", data_source=HOSTILE),
+    t = Trajectory(Sample(f"{i} {HOSTILE}", f"question {i} {HOSTILE}", f"reference {HOSTILE}", (0,), data_source=HOSTILE),
                    images=[picture(i)], prompt_images=1, turns=[turn] * (i % 3) + [Turn(ANSWER + f" needle{i}.")])
     t.answer, t.correct, t.n_tool_calls, t.error = f"answer {HOSTILE}", i % 4 == 0, i % 3, HOSTILE
     t.reward, t.end_reason = t.correct * (1 + 0.1 * t.n_tool_calls), list(EndReason)[1 + i % 2]
