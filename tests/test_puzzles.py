@@ -1,6 +1,8 @@
 """tasks/puzzles.py: nothing but looking answers, looking does answer, and everything follows from the seed."""
+import json
 import os
 import re
+import tempfile
 import zlib
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -10,12 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import train
 from data import messages, uniform_frames
+from model import tiny_policy
 from reward import extract_answer, is_correct
 from rollout import find_code
 from sandbox import Sandbox
 from tasks import puzzles as module
-from tasks.puzzles import COLOURS, COUNTS, VALUES, Difficulty, captions, corpus, demonstrations, puzzles
+from tasks.puzzles import (ANSWER, CODE, COLOURS, COUNTS, VALUES, Difficulty, captions, corpus, demonstrations,
+                           puzzles)
 
 PALETTE = np.array(list(COLOURS.values()), float)
 DIFFICULT = dict(kinds=("colour", "stripes"))
@@ -269,3 +274,44 @@ def test_clips_are_written_once_and_found_again(folder):
     assert [os.stat(s.videos[0]).st_ino for s in again] == files
     assert not list(folder.rglob("*.part"))
     assert {s.videos for s in first}.isdisjoint(s.videos for s in puzzles("video", 8, 11, "heldout", folder=folder))
+
+
+# ------------------------------------------------------------------------------------------------ trained on
+def train_on(folder, *flags):
+    """Rows of metrics.jsonl of a short run of train.py, in this process."""
+    small = "--steps 2 --batch_size 2 --group_size 2 --max_new_tokens 6 --max_context 1500 --keep_zero_variance --save_every 0"
+    config = train.configure(["--out", str(folder / "out"), *small.split(), *map(str, flags)])
+    train.train(train.begin(config), config)
+    return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random tiny checkpoint on disk."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_policy(path, [ANSWER, CODE], vocabulary=330)
+    return path
+
+
+def test_one_run_trains_on_images_and_videos(tiny, folder, tmp_path):
+    """Rows of both kinds, with batches in which no prompt shows an image; what the code decodes is counted."""
+    picture, clip = puzzles("image", 1, 0)[0], puzzles("video", 1, 0, folder=folder, clips=("flash",), seconds=(20, 21))[0]
+    picture.images[0].save(tmp_path / "picture.png")
+    look = CODE.format("Image.fromarray(video_clue_0.get_batch([0, 1, 40]).asnumpy()[0]).show()")
+    rows = [dict(question=picture.question, answer=picture.answer, image_path="picture.png", turns=[ANSWER.format("red")]),
+            dict(question=clip.question, answer=clip.answer, video_path=clip.videos[0], turns=[look, ANSWER.format("red")])]
+    (tmp_path / "both.json").write_text(json.dumps(rows))
+    (tmp_path / "video.json").write_text(json.dumps(rows[1:]))
+    for name, visual, seconds in (("both", 4, 1), ("video", 4, 2)):
+        first, _ = train_on(tmp_path, "--model", tiny, "--stage", "sft", "--data", tmp_path / f"{name}.json")
+        assert first["visual_tokens"] == visual and first["trajectories_trained"] == 2 and first["grad_norm"] > 0
+        assert first["frames_looked_at"] == 1.5 * seconds and first["seconds_covered"] == seconds
+    rows = train_on(tmp_path, "--model", tiny, "--data", tmp_path / "both.json")
+    assert all(row["trajectories_trained"] == 4 and row["trajectories_broken"] == 0 for row in rows)
+
+
+def test_uniform_frames_train_without_a_tool(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rows = train_on(tmp_path, "--model", tiny, "--task", "image,video", "--frames", 3, "--eval_every", 2, "--eval_n", 2)
+    assert all(row["tool_calls"] == 0 and row["frames_looked_at"] == 1.5 for row in rows)  # 3 in every second sample
+    assert rows[-1]["eval_visual_tokens"] == (4 + 3 * 4) / 2
