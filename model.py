@@ -469,7 +469,7 @@ def shard_policy(policy, offload=False, checkpoint_activations=False):
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     settings = dict(mp_policy=MixedPrecisionPolicy(torch.bfloat16 if cuda else None, torch.float32))
     if offload:
-        settings["offload_policy"] = CPUOffloadPolicy()
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=cuda)
     for unit in [*layers, model]:
         fully_shard(unit, **settings)
     for method in ("score", "hidden"):

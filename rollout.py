@@ -219,6 +219,8 @@ class Tools:
             if row not in self.boxes:
                 t = self.rows[row]
                 self.boxes[row] = Sandbox(t.images[:t.prompt_images], t.sample.videos, **self.settings)
+                seed = hash(tuple(t.tokens)) % 2 ** 32      # so that a resumed run draws what an uninterrupted one does
+                self.boxes[row].run(f"__import__('random').seed({seed}); __import__('numpy').random.seed({seed})")
             return self.boxes[row].run(code)
         self.calls[row] = self.pool.submit(run)
 

@@ -1,110 +1,126 @@
 """Two processes (gloo, FSDP2) do what one does: the same update, the same run, and an end together."""
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from model import tiny_policy
-from test_train import ANSWER, LOOK, ROOT, lines, wait_for
-
-UPDATE = """
-import sys, torch, torch.distributed as dist
-sys.path[:0] = [{root!r}, {tests!r}]
-import train, test_train
-from pathlib import Path
-if {world} > 1:
-    dist.init_process_group("gloo")
-run, config = test_train.make_run({model!r}, Path({rows!r}), Path({out!r}), tokens_per_microbatch={budget}, checkpoint_activations={recompute})
-run.optimizer = torch.optim.SGD(run.policy.model.parameters(), 1e-2)
-with run.policy.whole():
-    trajectories = test_train.batch_of(run, (1.0, -0.5, 0.25, -1.0, 0.75))
-metrics = train.update(run, trajectories, config, 1e-2)
-train.save_policy(run.policy, {out!r} + "/saved")
-if run.rank == 0:
-    print("METRICS", metrics)
-"""
+import test_train
+import train
+from test_train import ROOT, Started, flags, lines, metrics, numbers, rows, tiny, wait_for  # noqa: F401, two are fixtures
 
 
-def torchrun(n, *command, **options):
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={port}", *map(str, command)],
-                            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            start_new_session=True, **options)
+        return str(free.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A tiny checkpoint and five rows: images, a text-only prompt in context, looks or none."""
-    folder = tmp_path_factory.mktemp("files")
-    tiny_policy(folder / "model", [LOOK, ANSWER] * 3, vocabulary=330)
-    rows = []
-    for i in range(5):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        rows.append({"id": str(i), "question": "Which colour?" * (i + 1), "answer": "red", "image_path": f"{i}.png",
-                     "turns": [LOOK] * (i % 3) + [ANSWER]})
-    (folder / "rows.json").write_text(json.dumps(rows))
-    return folder
+def together(n, output, *args, **options):
+    """n processes as torchrun starts them; each prints to a file of its own."""
+    common = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    return [Started(f"{output}{k}", *args, **options, **common, RANK=str(k), LOCAL_RANK=str(k)) for k in range(n)]
 
 
-def weights(folder):
+def finish(processes):
+    assert [process.wait() for process in processes] == [0] * len(processes), "\n".join(p.text for p in processes)
+
+
+def one_update(tiny, rows, out, settings, empty):
+    """The update of a batch; with torch's sharding where there are several processes."""
+    train.join()
+    run, config = test_train.make_run(tiny, rows, out, **settings)
+    run.optimizer = torch.optim.SGD(run.policy.model.parameters(), 1e-2)
+    with run.policy.whole():
+        batch = test_train.batch_of(run, (1.0, -0.5, 0.25, -1.0, 0.75))
+    result = train.update(run, batch[:1] if empty else batch, config, 1e-2)
+    train.save_policy(run.policy, out / "saved")
+    if run.rank == 0:
+        torch.save(result, out / "result.pt")
+
+
+def updated(tiny, rows, out, world, empty=False, **settings):
     from safetensors.torch import load_file
-    return torch.cat([x.flatten() for _, x in sorted(load_file(folder / "model.safetensors").items())])
-
-
-def updated(files, out, world, budget, recompute=False):
-    script = out / "update.py"
     out.mkdir()
-    script.write_text(UPDATE.format(root=str(ROOT), tests=str(ROOT / "tests"), world=world, model=str(files / "model"),
-                                    rows=str(files / "rows.json"), out=str(out), budget=budget, recompute=recompute))
-    process = torchrun(world, script)
-    text, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, text
-    return weights(out / "saved"), eval(text.split("METRICS ")[1].splitlines()[0])
+    finish(together(world, out / "text", tiny, rows, out, settings, empty, target=one_update))
+    weights = load_file(out / "saved" / "model.safetensors")
+    return torch.cat([x.flatten() for _, x in sorted(weights.items())]), torch.load(out / "result.pt")
 
 
-def test_two_processes_give_the_update_of_one(files, tmp_path):
-    """Also with unequal numbers of micro-batches (five trajectories, one each) and recomputed activations."""
-    before = weights(files / "model")
-    one, first = updated(files, tmp_path / "one", 1, 10 ** 6)
-    for name, budget, recompute in (("whole", 10 ** 6, False), ("uneven", 1, True)):
-        two, second = updated(files, tmp_path / name, 2, budget, recompute)
+@pytest.mark.parametrize("empty", [False, True])
+def test_two_processes_give_the_update_of_one(empty, tiny, rows, tmp_path):
+    """Also with unequal numbers of micro-batches (five trajectories, one each, or one for both processes), recomputed
+    activations, and parameters and optimizer kept on the CPU."""
+    one, first = updated(tiny, rows, tmp_path / "one", 1, empty)
+    before = updated(tiny, rows, tmp_path / "nothing", 1, empty, max_grad_norm=0.0)[0]
+    ways = dict(uneven=dict(tokens_per_microbatch=1, checkpoint_activations=True, offload=True))
+    for name, settings in ways.items() if empty else dict(ways, whole={}).items():
+        two, second = updated(tiny, rows, tmp_path / name, 2, empty, **settings)
         assert (one - two).norm() / (one - before).norm() < 1e-4 and (one - two).norm() / one.norm() < 1e-5
         for key in ("loss", "grad_norm", "entropy"):
             assert second[key] == pytest.approx(first[key], rel=1e-4)
 
 
-def flags(files, out, *more):
-    return ["train.py", "--model", files / "model", "--data", files / "rows.json", "--out", out, "--batch_size", 2, "--group_size", 2,
-            "--max_new_tokens", 8, "--max_context", 1024, "--keep_zero_variance", "--eval_every", 0, "--lr", 1e-3, *more]
+def test_a_run_changes_its_number_of_processes_and_changes_back(tiny, rows, tmp_path):
+    """Two processes, then one, then two; what was there stays, and killed and resumed is uninterrupted here too."""
+    out, more = tmp_path / "run", ("--save_every", 1, "--stage", "sft")
+    finish(together(2, tmp_path / "a", *flags(tiny, rows, out, *more, "--steps", 3)))
+    begun = numbers(out)
+    finish(together(1, tmp_path / "b", "--out", out, "--resume", "--steps", 4))
+    assert numbers(out)[:3] == begun and len(numbers(out)) == 4
+    finish(together(2, tmp_path / "c", "--out", out, "--resume", "--steps", 5))
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4, 5] and numbers(out)[:3] == begun
+    assert metrics(out)[4]["loss"] < metrics(out)[0]["loss"]
 
 
-def test_a_run_on_two_processes_resumes_on_one(files, tmp_path):
-    process = torchrun(2, *flags(files, tmp_path, "--steps", 2))
-    text, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, text
-    assert len(lines(tmp_path)) == 2 and (tmp_path / "step_2" / "model.safetensors").exists()
-    process = torchrun(1, *flags(files, tmp_path, "--steps", 3, "--resume"))
-    text, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, text
-    assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2, 3]
+def test_killed_and_resumed_on_two_processes_is_uninterrupted(tiny, rows, tmp_path):
+    whole, killed, more = tmp_path / "whole", tmp_path / "killed", ("--save_every", 1, "--steps", 4)
+    finish(together(2, tmp_path / "a", *flags(tiny, rows, whole, *more)))
+    processes = together(2, tmp_path / "b", *flags(tiny, rows, killed, *more))
+    wait_for(lambda: len(lines(killed)) >= 2)
+    for process in processes:
+        process.signal(signal.SIGKILL)
+    assert [process.wait() for process in processes] == [-9, -9] and len(lines(killed)) < 4
+    finish(together(2, tmp_path / "c", "--out", killed, "--resume"))
+    assert numbers(killed) == numbers(whole)
 
 
-def test_one_process_s_death_ends_all(files, tmp_path):
-    process = torchrun(2, *flags(files, tmp_path, "--steps", 10_000, "--save_every", 0))
-    wait_for(lambda: len(lines(tmp_path)) >= 1, 240)
-    workers = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and p.joinpath("cmdline").exists()
-               and str(tmp_path).encode() in (p / "cmdline").read_bytes() and f"\nPPid:\t{process.pid}\n" in (p / "status").read_text()]
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
+def test_one_process_s_death_ends_the_other(tiny, rows, tmp_path):
+    """Even without torchrun, which ends all and says which process died."""
+    processes = together(2, tmp_path / "text", *flags(tiny, rows, tmp_path / "run", "--steps", 10_000, "--save_every", 0))
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 1)
+    processes[1].signal(signal.SIGKILL)
+    assert processes[0].wait(timeout=60) == 1 and "onnection" in processes[0].text, processes[0].text
+
+
+def test_ctrl_c_under_torchrun_leaves_no_process(tiny, rows, tmp_path):
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "train.py"]
+    with open(tmp_path / "text", "w") as text:
+        process = subprocess.Popen([*map(str, [*words, *flags(tiny, rows, out, "--steps", 10_000, "--stage", "sft", "--save_every", 1)])],
+                                   cwd=ROOT, stdout=text, stderr=text, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    wait_for(lambda: len(lines(out)) >= 2, 240)
+    session = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and belongs(path, process.pid)]
+    assert len(session) >= 4                            # torchrun, two trainers, a forking process of sandboxes
+    began = time.time()
+    os.killpg(process.pid, signal.SIGINT)               # what a terminal does
     assert process.wait(timeout=60) != 0
-    assert not [w for w in workers if Path(f"/proc/{w}").exists()]
+    print(time.time() - began)
+    wait_for(lambda: not [pid for pid in session if Path(f"/proc/{pid}").exists()], 60)
+    assert train.complete(out) and "--resume goes on" in (tmp_path / "text").read_text()
+
+
+def belongs(path, ancestor):
+    """Is the process of /proc/N a descendant of `ancestor`?"""
+    pid = int(path.name)
+    while pid > 1 and pid != ancestor:
+        try:
+            pid = int(Path(f"/proc/{pid}/status").read_text().split("\nPPid:\t")[1].split("\n")[0])
+        except (OSError, IndexError):
+            return False
+    return pid == ancestor
