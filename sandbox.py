@@ -6,18 +6,20 @@ Covered, by two layers where the kernel has them:
   - files: Landlock; a read-only root of Python and system libraries. Scratch is a tmpfs with limits (where namespaces
     are refused: a watched directory). Videos come as descriptors.
   - network, programs, other processes, privileges: a list of allowed system calls (seccomp), no_new_privs, no
-    capabilities; network, pid and ipc namespaces, Landlock scopes, a real uid or user namespace of its own.
+    capabilities; network, pid and ipc namespaces, Landlock scopes, a user namespace of its own.
   - memory, descriptors, threads, file sizes: rlimits; sandboxes die first when the machine runs out of memory.
   - time: one deadline a reply, then SIGKILL by pidfd; between calls the process is stopped.
   - protocol: the trainer unpickles nothing, decodes no image, checks sizes before it takes memory.
   - life: children die with the forking process, that one with the trainer, whatever ended it.
 Not covered:
-  - kernel bugs; timing, caches and load as side channels; CPU time within a call; numbers of other processes.
-  - where namespaces are refused: names and sizes of files; thread and disk bombs end only after 0.1 s.
+  - kernel bugs; timing, caches and load as side channels; CPU time within a call; the names of host and kernel,
+    numbers of other processes.
+  - where namespaces are refused: names and sizes of files; bombs of threads, of disk and of deleted files end only
+    after 0.1 s, 0.1 s and a second.
   - unsafe=True where a layer is missing (not Linux, an old kernel): it contains mistakes, not attacks.
 """
-import ctypes, gc, io, json, linecache, math, os, pickle, platform, random, re, resource, select, signal
-import socket, struct, subprocess, sys, tempfile, threading, time, traceback, types, warnings, weakref
+import ctypes, gc, io, json, linecache, os, pickle, platform, random, re, resource, select, signal, socket, struct
+import subprocess, sys, tempfile, threading, time, traceback, types, warnings, weakref
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 
@@ -25,22 +27,24 @@ from PIL import Image
 
 MEMORY, SCRATCH, FILES, THREADS, DESCRIPTORS = 2 << 30, 64 << 20, 1000, 64, 128     # what the code may take
 MAX_FIGURES, MAX_PIXELS, MAX_ASPECT, MAX_FRAMES = 32, 2_000_000, 200, 4096          # figures and video frames of a call
-START, GRACE, HEADER = 120, 0.25, struct.Struct("<16sI")    # s until a child is there, from timeout to kill; id, length
+START, GRACE, WAITING = 120, 0.25, 4        # seconds until a child is there, from timeout to kill; children that wait
+HEADER = struct.Struct("<16sI")             # of a reply: id of the call, bytes of JSON
 READS = """/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /nix/store /usr/share/fonts /usr/local/share/fonts /etc/fonts
 /usr/share/zoneinfo /etc/localtime /etc/alternatives /etc/ld.so.cache /dev/null /dev/zero /dev/random /dev/urandom"""
 REMOVE = 'while chmod -R u+rwx "$0"; ! rm -rf "$0"; do sleep 1; done'       # at any depth, whatever the modes
 # Namespaces: as root, else by a user namespace, else none. The command that finds itself process 1 has got them.
 SPACES = """start="--fork --kill-child --mount-proc"; for own in -mnip -rmnip; do
 unshare $own $start mount -t tmpfs none /tmp && exec unshare $own $start "$@"; done; exec "$@" """
-# By machine: seccomp's name for it; clone, fcntl and prlimit64, allowed in part; ioctl; chmod, utime and kin, which do
-# nothing and say done; the system calls allowed: files, own memory and signal handlers, threads, clocks. All else, now
-# or in kernels to come (socket, kill, ptrace, exec, fork, prctl, mount, unshare, memfd, io_uring), answers EPERM.
-CALLS = {"x86_64": (0xC000003E, 56, 72, 302, 16, "90-91 132 235 261 268 280 452", """0-15 17-28 32-40 60 63 73-75 77-85
-    87-89 95-100 102 104 107-108 110 115 118 120 128 131 186 201-202 204 217-219 221 228-233 257-258 262-264 266-267
-    269-271 273-274 281 285 290-293 309 316 318 324 326 332 334 439"""),
-         "aarch64": (0xC00000B7, 220, 25, 261, 29, "52-53 88 452", """17 19-24 32 34-36 38 46-50 56-57 59 61-68 71-73
-    78-80 82-83 93-94 96 98-103 113-115 123-124 128 132 134-135 137 139 148 150 153 158 160 163 165-166 168-169 172-179
-    214-216 222-223 226-227 232-233 276 278 283 285 291 293 439""")}
+# By machine: seccomp's name for it; the numbers of clone and fcntl, which are allowed in part; then what the
+# kernel does (files, own memory and signal handlers, threads, clocks) and what is only answered: done (chmod, utime,
+# flock), ENOTTY (ioctl), ENOSYS (clone3), EOPNOTSUPP (extended attributes, fallocate). All else, now or in kernels to
+# come (socket, kill, ptrace, exec, fork, prctl, mount, unshare, memfd, io_uring), is EPERM.
+CALLS = {"x86_64": (0xC000003E, 56, 72, {None: """0-15 17-26 28 32-40 60 63 74-75 77-85 87-89 95-100 102 104
+    107-108 110 115 118 120 128 131 186 201-202 204 217-219 228-233 257-258 262-264 266-267 269-271 273-274 281 290-293
+    309 316 318 326 332 334 439""", 0: "73 90-91 132 235 261 268 280 452", 25: "16", 38: "435", 95: "188-199 285"}),
+         "aarch64": (0xC00000B7, 220, 25, {None: """17 19-24 34-36 38 46 49-50 56-57 59 61-68 71-73 78-80 82-83
+    93-94 96 98-103 113-115 123-124 128 132 134-135 137 139 148 150 153 158 160 163 165-166 168-169 172-179 214-216 222
+    226-227 233 276 278 285 291 293 439""", 0: "32 52-53 88 452", 25: "29", 38: "435", 95: "5-16 47"})}
 
 class SandboxError(RuntimeError):
     """A layer of the confinement is missing on this machine, or the sandbox's process does not start."""
@@ -57,40 +61,39 @@ class Sandbox(AbstractContextManager):
     """A persistent Python namespace, in a process of its own, for code that nobody trusts. A context manager.
 
     images: PIL images, bound as image_clue_0…; videos: paths, bound as video_clue_0… (decord VideoReaders that open at
-    first use). timeout: seconds of wall time a call. output_limit: characters of text a call. first_clue: number of the
-    first figure shown (default: len(images)). seed: for random and numpy.random. Raises SandboxError where the kernel
-    lacks Landlock or seccomp, unless `unsafe`, and OSError for a video that cannot be opened.
+    first use). timeout: seconds of wall time a call. output_limit: characters of text a call. Raises SandboxError where
+    the kernel lacks Landlock or seccomp, unless `unsafe`, and OSError for a video that cannot be opened.
     """
-    def __init__(self, images=(), videos=(), timeout=30.0, *, unsafe=False, output_limit=10_000, first_clue=None,
-                 seed=None):
-        self.videos, self.timeout, self.unsafe, self._lock = list(videos), timeout, unsafe, threading.Lock()
-        self._job = [image.copy() for image in images], output_limit, seed
-        self._clue = len(self._job[0]) if first_clue is None else first_clue
+    def __init__(self, images=(), videos=(), timeout=30.0, *, unsafe=False, output_limit=10_000):
+        self.videos, self.timeout, self.unsafe = list(videos), timeout, unsafe
+        self._job, self._lock = ([image.copy() for image in images], output_limit), threading.RLock()
+        self._clue = len(self._job[0])                          # number of the next figure
         self._start()
 
     def close(self, *_):
-        """End the process; it and its scratch directory are gone when this returns."""
+        """End the process and a call that runs; process and scratch directory are gone when this returns."""
         self.timeout = None
-        self._end()
+        if self._owner == os.getpid():                          # not from a fork: the connection is shared
+            with suppress(OSError): self._channel.shutdown(socket.SHUT_RDWR)
+        with self._lock: self._end()
     __exit__ = close
 
     def _start(self):
         """Take a prepared child, hand it the inputs, hear what it could not do to enclose itself."""
         with ExitStack() as files:
             videos = [files.enter_context(open(path, "rb")).fileno() for path in self.videos]
-            for _ in range(3):                                  # a waiting child may have died
-                with suppress(OSError, EOFError):
-                    with _pool.lock: self._channel, _ = warm(1).pop(0), warm(1)     # one is always in the making
+            for _ in range(WAITING + 3):                        # children that waited may have died
+                with suppress(OSError, EOFError, ValueError):
+                    self._channel, self._process, scratch = _take()
+                    self._owner = os.getpid()
+                    self._end = weakref.finalize(self, _end, self._channel, self._process, scratch, self._owner)
+                    self._end.atexit = False                    # at exit the forking process ends what is left
                     self._channel.settimeout(START)
                     socket.send_fds(self._channel, [b"j"], videos)
-                    pidfd = socket.recv_fds(self._channel, 1, 1)[1]
-                    pid, scratch, missing, _ = self._exchange(self._job, START)
+                    missing, _ = self._exchange(self._job, START)
                     break
             else:
                 raise SandboxError("the sandbox process does not start: can this Python import numpy, matplotlib, PIL?")
-        self._process, self._owner = (*pidfd, pid)[0], os.getpid()
-        self._end = weakref.finalize(self, _end, self._channel, self._process, scratch, self._owner)
-        self._end.atexit = False                                # at exit the forking process ends what is left
         lack = f"no safe place for code without {', '.join(missing)}: use Linux 5.13+ or unsafe=True (--unsafe_sandbox)"
         if missing and not self.unsafe: raise SandboxError(lack)
         if missing: warnings.warn(lack, RuntimeWarning, stacklevel=3)
@@ -99,22 +102,24 @@ class Sandbox(AbstractContextManager):
         """Run `code` in the namespace, return a Result. What the code does never raises here: it is Result.error."""
         with self._lock:
             if self.timeout is None: raise SandboxError("this sandbox is closed")
-            notice, late, images, frames, seconds = "", True, [], [], self.timeout
+            notice, images, frames, lives = "", [], [], False
             if not self._end.alive or self._owner != os.getpid():       # it ended at the last call, or is a fork's copy
                 self._start()
                 notice = "[Restarted: earlier variables, imports and files are lost; the inputs are bound again.]\n"
+            seconds, begun = self.timeout or 0, time.monotonic()        # 0: closed by another thread meanwhile
             try:
                 _send(self._process, signal.SIGCONT)
-                text, error, ended, frames, images = self._exchange((code, self._clue, seconds), seconds)
+                text, error, frames, images = self._exchange((code, self._clue, seconds), seconds)
                 text, error = (t if t is None else str(t)[:self._job[1] + 99].encode("utf-8", "replace").decode()
                                for t in (text or "", error))
                 frames = [(int(video), int(frame)) for video, frame in frames]
                 _send(self._process, signal.SIGSTOP)            # threads that outlive a call wait for the next
-                late = ended
+                lives = time.monotonic() - begun < seconds
             except (OSError, EOFError, ValueError, TypeError, OverflowError, RecursionError) as problem:
-                text = error = f"{type(problem).__name__}: {problem}"
+                text = error = f"{type(problem).__name__}: {problem}\n"
             finally:
-                if late: self._end()                            # also when interrupted: late replies must meet nobody
+                if not lives:                                   # also when interrupted: late replies must meet nobody
+                    self._end()
             self._clue += len(images)
             return Result(notice + text, images, error, frames)
 
@@ -124,7 +129,8 @@ class Sandbox(AbstractContextManager):
         self._channel.settimeout(seconds)
         self._channel.sendall(pickle.dumps((call, *request)))
         sender, size = HEADER.unpack(self._receive(HEADER.size, deadline))
-        if sender != call or size > 24 * self._job[1] + 2 ** 18: raise ValueError("its process sent a malformed reply")
+        if sender != call or size > 24 * self._job[1] + 2 ** 18:
+            raise ValueError("its process sent a malformed reply")
         *values, sizes = json.loads(self._receive(size, deadline))
         if len(sizes) > MAX_FIGURES or not all(w > 0 < h and w * h <= MAX_PIXELS for w, h in sizes):
             raise ValueError("its process sent malformed figures")
@@ -134,38 +140,57 @@ class Sandbox(AbstractContextManager):
         """Exactly `size` bytes before the deadline, however they dribble in."""
         view = memoryview(buffer := bytearray(size))
         while view:
-            self._channel.settimeout(max(deadline - time.monotonic(), 1e-4))
-            if not (count := self._channel.recv_into(view)): raise EOFError("its process died")
+            if (left := deadline - time.monotonic()) <= 0: raise TimeoutError("timed out")
+            self._channel.settimeout(left)
+            if not (count := self._channel.recv_into(view)):
+                raise EOFError("its process died")
             view = view[count:]
         return buffer
 
 # ---- the trainer's side: the forking process and the children it has prepared
 _send = getattr(signal, "pidfd_send_signal", os.kill)           # a pidfd never means a later process of that number
-_pool = types.SimpleNamespace(server=None, channels=[], lock=threading.RLock())
-os.register_at_fork(after_in_child=lambda: vars(_pool).update(server=None, channels=[], lock=threading.RLock()))
+_pool = types.SimpleNamespace(server=None, lock=threading.RLock())
+os.register_at_fork(after_in_child=lambda: vars(_pool).update(server=None, lock=threading.RLock()))
 
-def warm(count):
-    """Have `count` children prepared in the background, say while the policy generates. Returns at once."""
+def _take():
+    """A prepared child: the channel to it, its pidfd (where there is none, its number), its scratch directory."""
     with _pool.lock:
         if _pool.server is None or _pool.server.poll() is not None: _launch()
-        while len(_pool.channels) < count:
-            ours, theirs = socket.socketpair()
-            with theirs: socket.send_fds(_pool.control, [b"f"], [theirs.fileno()])
-            _pool.channels.append(ours)
-        return _pool.channels
+        try:
+            _pool.control.send(b"f")                            # one more, so that some are always prepared
+            message, fds, _, _ = socket.recv_fds(_pool.control, 4096, 2)
+            for fd in fds: os.set_inheritable(fd, False)
+            pid, scratch = json.loads(message)
+        except (OSError, ValueError):                           # it died
+            _pool.server = None
+            raise
+        return socket.socket(fileno=fds[0]), (*fds[1:], pid)[0], scratch
 
 def _launch():
     """Start the forking process by exec, in a session no Ctrl-C reaches, its source from stdin: no path of ours."""
-    _pool.channels, (_pool.control, theirs) = [], socket.socketpair()
+    while (spare := os.open(os.devnull, os.O_RDWR)) < 3: pass   # closed standard streams: not to become our sockets
+    os.close(spare)
+    _pool.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    _pool.control.settimeout(START)
+    _pool.control.send(b"f" * WAITING)
     trainer = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else os.pipe()[0]      # readable when we are gone
-    paths = [p for p in sys.path if any(os.path.isdir(f"{p}/{m}") for m in ("numpy", "PIL", "matplotlib", "decord"))]
+    packages = [p for p in sys.path if any(os.path.isdir(f"{p}/{m}") for m in ("numpy", "PIL", "matplotlib", "decord"))]
+    libraries = [f"{prefix}/{lib}" for prefix in (sys.prefix, sys.base_prefix) for lib in ("lib", "lib64")]
+    reads = {inner for path in (*libraries, *packages, *READS.split()) for inner in _but_for_us(path)}
     environment = dict(PATH="/usr/bin:/bin", LANG="C.UTF-8", MPLBACKEND="Agg", PYTHONUTF8="1", PYTHONSAFEPATH="1",
-                       PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1", TMPDIR=tempfile.gettempdir())
+                       PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1", TMPDIR=os.getenv("TMPDIR", ""))
     with theirs, open(__file__) as source, open(os.devnull, "w") as null, open(trainer):
         fds = theirs.fileno(), trainer
-        command = ["sh", "-c", SPACES, "sh", sys.executable, "-", *map(str, fds), *paths]
+        command = ["sh", "-c", SPACES, "sh", sys.executable, "-", *map(str, fds), ":".join(packages), *sorted(reads)]
         _pool.server = subprocess.Popen(command, stdin=source, stdout=null, stderr=null, env=environment, cwd="/",
                                         pass_fds=fds, start_new_session=True)
+
+def _but_for_us(path):
+    """A path that code may read; where the checkout lies in it, all else that is there."""
+    ours = os.path.dirname(os.path.realpath(__file__))
+    if os.path.commonpath([ours, real := os.path.realpath(path)]) != real:
+        return [path] * os.path.exists(path)
+    return [inner for name in os.listdir(path) if ours != real for inner in _but_for_us(f"{path}/{name}")]
 
 def _end(channel, process, scratch, owner):
     """Kill a child, wait until it is reaped, remove its scratch directory. In a fork of the trainer: only let go."""
@@ -186,20 +211,19 @@ def _kernel(call, *arguments):
     if value < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return value
 
-def _serve(control, trainer, *paths):
+def _serve(control, trainer, packages, *reads):
     """Import once, enclose what the children share, fork a child a request, until the trainer is gone."""
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    sys.path += [path for path in paths if path not in sys.path]
+    sys.path += [path for path in packages.split(":") if path not in sys.path]
     import numpy.fft, numpy.random, PIL.ImageDraw, PIL.ImageEnhance, PIL.ImageFilter, PIL.ImageOps  # noqa: F401
     from matplotlib import get_cachedir, pyplot
     if "/matplotlib-" in get_cachedir(): subprocess.run(["rm", "-rf", get_cachedir()])      # made where home is closed
-    with suppress(ImportError): import decord  # noqa: F401
+    with suppress(ImportError):
+        import decord  # noqa: F401
     Image.preinit()
     pyplot.title("loads fonts and canvas for all").figure.canvas.draw()
     pyplot.close("all")
-    libraries = {f"{prefix}/{lib}" for prefix in (sys.prefix, sys.base_prefix) for lib in ("lib", "lib64")}
-    reads, spaces = sorted(filter(os.path.exists, {*libraries, *paths, *READS.split()})), os.getpid() == 1
-    if spaces:
+    if spaces := os.getpid() == 1:
         root = "/scratch" if any(path.startswith("/tmp/") for path in reads) else "/tmp"
         _pivot(reads, root)
     else:                                                       # a shell outlives us, should we be killed as well
@@ -209,31 +233,46 @@ def _serve(control, trainer, *paths):
     gc.collect()
     gc.freeze()                                                 # collections in children do not touch shared pages
     control, trainer, poller = socket.socket(fileno=int(control)), int(trainer), select.poll()
-    for fd in (control.fileno(), trainer): poller.register(fd, select.POLLIN)
+    poller.register(control, select.POLLIN)
+    poller.register(trainer, select.POLLIN)
     while trainer not in (ready := dict(poller.poll(None if spaces else 100))):
         for name in () if spaces else os.listdir(root): _watch(int(name), f"{root}/{name}")
-        if ready:
-            request, fds, _, _ = socket.recv_fds(control, 1, 1)
-            if not request: break
-            if not os.fork():
-                try: _child(fds[0], reads, root, spaces)
-                finally: os._exit(1)
-            os.close(fds[0])
+        if ready and not (requests := control.recv(4096)): break
+        for _ in requests if ready else ():
+            theirs, ours = socket.socketpair()
+            if not (pid := os.fork()):
+                try:
+                    _child(ours.fileno(), reads, root, spaces)
+                finally:
+                    os._exit(1)
+            fds = [theirs.fileno()] + ([os.pidfd_open(pid)] if hasattr(os, "pidfd_open") else [])
+            socket.send_fds(control, [json.dumps((pid, None if spaces else f"{root}/{pid}")).encode()], fds)
+            for fd in (theirs.detach(), ours.detach(), *fds[1:]): os.close(fd)
 
 def _watch(pid, scratch):
     """Where namespaces are refused, no kernel limit bounds a child's threads and scratch directory: kill instead."""
-    size, count, folders = 0, 0, [scratch]
+    size, count, folders, maps = 0, 0, [scratch], ""
     try:
-        with open(f"/proc/{pid}/stat") as file: state = file.read().rpartition(")")[2].split()
+        with open(f"/proc/{pid}/stat") as file:
+            state = file.read().rpartition(")")[2].split()
         while folders and count <= FILES:
             with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
                 for count, entry in enumerate(entries, count + 1):
                     if entry.is_dir(follow_symlinks=False): folders.append(entry.path)
-                    with suppress(FileNotFoundError): size += entry.stat(follow_symlinks=False).st_size
-    except (FileNotFoundError, ProcessLookupError): return      # the process ended
-    except OSError: count = math.inf                            # a path too long, or closed to us, to hide something
-    if (int(state[17]) > THREADS or size > SCRATCH or count > FILES) and int(state[1]) == os.getpid():
-        os.kill(pid, signal.SIGKILL)
+                    with suppress(FileNotFoundError):
+                        size += entry.stat(follow_symlinks=False).st_size
+        for fd in os.listdir(f"/proc/{pid}/fd"):                # deleted files take room while they are open or mapped
+            with suppress(FileNotFoundError):
+                info = os.stat(f"/proc/{pid}/fd/{fd}")
+                size += info.st_size * (info.st_nlink == 0)
+        if state[0] != "T" and time.monotonic() % 1 < 0.1:      # takes a millisecond
+            with open(f"/proc/{pid}/maps") as file: maps = file.read()
+        over = int(state[17]) > THREADS or size > SCRATCH or count > FILES or re.search(f"{scratch}/.* .deleted", maps)
+    except (FileNotFoundError, ProcessLookupError):
+        return                                                  # the process ended
+    except OSError:
+        over = True                                             # a path too long, or closed to us, to hide something
+    if over and int(state[1]) == os.getpid(): os.kill(pid, signal.SIGKILL)
 
 def _pivot(reads, scratch):
     """A read-only root directory of `reads`, /proc and a place for `scratch`, in the mount namespace that we are in."""
@@ -243,8 +282,9 @@ def _pivot(reads, scratch):
         os.makedirs(f"/sys{name}" if os.path.isdir(name) else f"/sys{os.path.dirname(name)}", exist_ok=True)
         if not os.path.exists(f"/sys{name}"): os.mknod(f"/sys{name}")
         _kernel("mount", name.encode(), f"/sys{name}".encode(), None, 0x5000, None)     # MS_BIND | MS_REC
-    with suppress(OSError): _kernel(442, -100, b"/sys", 0x8000, struct.pack("4Q", 3, 0, 0, 0), 32)     # mount_setattr:
-    _kernel("mount", b"/proc", b"/sys/proc", None, 0x5000, None)        # all read-only and nosuid, but for /proc
+    with suppress(OSError):                                     # mount_setattr: all read-only and nosuid, but for /proc
+        _kernel(442, -100, b"/sys", 0x8000, struct.pack("4Q", 3, 0, 0, 0), 32)
+    _kernel("mount", b"/proc", b"/sys/proc", None, 0x5000, None)
     os.chdir("/sys")
     _kernel("pivot_root", b".", b".")
     _kernel("umount2", b".", 2)                                 # MNT_DETACH: the old root is gone
@@ -252,17 +292,21 @@ def _pivot(reads, scratch):
 # ---- the child: it encloses itself and runs code
 def _give_up(scratch, spaces):
     """What can go before the inputs are known: shared mounts, room for bombs, privileges, a life without its parent."""
-    with open("/proc/self/statm") as file: memory = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file: file.write("1000")
-    limits = dict(AS=memory, FSIZE=SCRATCH, NOFILE=DESCRIPTORS, CORE=0, MSGQUEUE=0)
+    with open("/proc/self/statm") as file:
+        memory = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    limits = dict(AS=memory, FSIZE=SCRATCH, NOFILE=DESCRIPTORS, CORE=1)      # 1: not into a pipe either
     if spaces:
+        limits["NPROC"] = THREADS                               # counted by real uid and user namespace
         _kernel("unshare", 0x00020000)                          # CLONE_NEWNS
         _kernel("mount", b"tmpfs", scratch.encode(), b"tmpfs", 14, b"size=%d,nr_inodes=%d,mode=700" % (SCRATCH, FILES))
-    with suppress(OSError): os.setresuid(2 ** 30 + random.getrandbits(29), -1, -1)
-    with suppress(OSError): _kernel("unshare", 0x10000000 if spaces else 0)     # CLONE_NEWUSER
-    if spaces or os.getuid() != os.geteuid(): limits["NPROC"] = THREADS         # counted by real uid and user namespace
-    for name, value in limits.items(): resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    for capability in range(64): _libc.prctl(24, capability)    # PR_CAPBSET_DROP
+        with suppress(OSError):                                 # not root: the user namespace is enough
+            os.setresuid(2 ** 30 + random.getrandbits(29), -1, -1)
+        with suppress(OSError):
+            _kernel("unshare", 0x10000000)                      # CLONE_NEWUSER
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     _kernel("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     _kernel("prctl", 38, 1, 0, 0, 0)                            # PR_SET_NO_NEW_PRIVS
     _kernel("prctl", 1, signal.SIGKILL)                         # PR_SET_PDEATHSIG
@@ -282,17 +326,17 @@ def _landlock(reads, scratch, videos):
 
 def _seccomp(*_):
     """The list of calls as a filter in the instructions of the kernel's packet filter."""
-    machine, clone, fcntl, limits, ioctl, pretended, allowed = CALLS[platform.machine()]
+    machine, clone, fcntl, answers = CALLS[platform.machine()]
     allow, refuse, load, equal = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50001), 0x20, 0x15
-    tests = {435: [(6, 0, 0, 0x50026)], ioctl: [(6, 0, 0, 0x50019)],    # ENOSYS: take clone; ENOTTY: Python takes fcntl
-             clone: [(load, 0, 0, 16), (0x45, 0, 1, 0x10000), allow, refuse],                   # threads only
-             fcntl: [(load, 0, 0, 24), (equal, 1, 0, 1030), (0x35, 1, 0, 8), allow, refuse],    # no owner, no signal
-             limits: [(load, 0, 0, 16), (equal, 0, 1, 0), allow, refuse]}                       # its own
-    for numbers, answer in ((allowed, allow), (pretended, (6, 0, 0, 0x50000))):
+    tests = {clone: [(load, 0, 0, 16), (0x45, 0, 1, 0x10000), allow, refuse],                   # threads only
+             fcntl: [(load, 0, 0, 24), (equal, 1, 0, 1030), (0x35, 1, 0, 8), allow, refuse]}    # no owner, no signal
+    for error, numbers in answers.items():
         for first, last in re.findall(r"(\d+)-?(\d*)", numbers):
+            answer = allow if error is None else (6, 0, 0, 0x50000 + error)
             tests |= {number: [answer] for number in range(int(first), int(last or first) + 1)}
     program = [(load, 0, 0, 4), (equal, 1, 0, machine), (6, 0, 0, 0x80000000), (load, 0, 0, 0)]
-    for number, answer in tests.items(): program += [(equal, 0, len(answer), number), *answer]
+    for number, answer in tests.items():
+        program += [(equal, 0, len(answer), number), *answer]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in [*program, refuse]))
     _kernel("prctl", 22, 2, struct.pack("HP", len(program) + 1, ctypes.addressof(code)), 0, 0)
 
@@ -300,40 +344,39 @@ def _child(channel, reads, root, spaces):
     """Give up what can be given up, wait for a job, lock the rest, run calls until the channel ends."""
     os.dup2(channel, 3)
     os.closerange(4, 1 << 20)
-    os.set_blocking(3, True)
     scratch, missing = root if spaces else f"{root}/{os.getpid()}", []
     if not spaces: os.mkdir(scratch)
     if sys.platform == "linux": _give_up(scratch, spaces)
     os.chdir(scratch)
-    os.environ.clear()
-    os.environ.update(HOME=scratch, TMPDIR=scratch, PATH="/usr/bin:/bin", LANG="C.UTF-8", MPLBACKEND="Agg")
+    os.environ.update(HOME=scratch, TMPDIR=scratch)
     channel, requests, replies = socket.socket(fileno=3), open(3, "rb", closefd=False), open(3, "wb", closefd=False)
     videos = socket.recv_fds(channel, 1, 250)[1]
-    socket.send_fds(channel, [b"p"], [os.pidfd_open(os.getpid())] if hasattr(os, "pidfd_open") else [])
-    call, images, limit, seed = pickle.load(requests)
+    call, images, limit = pickle.load(requests)
     import numpy
+    numpy.random.seed()
     sys.argv, sys.modules["__main__"], tempfile.tempdir = [""], types.ModuleType("__main__"), None
     space = vars(sys.modules["__main__"])
     console = _Console(space, limit)
     space.update({f"image_clue_{k}": image for k, image in enumerate(images)}, plt=console.plt, np=numpy, Image=Image)
     space.update({f"video_clue_{k}": _video(k, fd, console) for k, fd in enumerate(videos)})
-    for source in (random, numpy.random): source.seed(seed)
     for layer in (_landlock, _seccomp):
-        try: layer(reads, scratch, videos)
-        except (OSError, KeyError, AttributeError) as error: missing.append(f"{layer.__name__[1:]} ({error})")
-    reply = os.getpid(), None if spaces else scratch, missing, []
+        try:
+            layer(reads, scratch, videos)
+        except (OSError, KeyError, AttributeError) as error:
+            missing.append(f"{layer.__name__[1:]} ({error})")
+    reply = missing, []
     while True:
         reply = json.dumps(reply).encode()
         replies.write(b"".join((HEADER.pack(call, len(reply)), reply, *console.pixels)))
         replies.flush()
         call, code, clue, seconds = pickle.load(requests)
         console.begin(clue)
-        error, late = _execute(code, space, seconds)
+        error = _execute(code, space, seconds)
         io.StringIO.write(console, error or "")
-        reply = console.text(), error and error[-limit:], late, console.frames[:MAX_FRAMES], console.sizes
+        reply = console.text(), error and error[-limit:], console.frames[:MAX_FRAMES], console.sizes
 
 def _execute(code, space, seconds):
-    """Run in one dict as globals, so that functions and comprehensions see each other. Its traceback; True if late."""
+    """Run in one dict as globals, so that functions and comprehensions see each other. Its traceback, or None."""
     name, text, start = f"<code {len(linecache.cache)}>", "", time.monotonic()
     linecache.cache[name] = (len(code), None, code.splitlines(True), name)      # where tracebacks find the source
     try:
@@ -350,7 +393,7 @@ def _execute(code, space, seconds):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     late = time.monotonic() - start >= seconds
-    return text + f"TimeoutError: the code ran for more than {seconds:g} s\n" * late or None, late
+    return text + f"TimeoutError: the code ran for more than {seconds:g} s\n" * late or None
 
 def _video(number, fd, console):
     """A decord VideoReader that opens at its first use and notes the frames that it decodes."""
@@ -374,7 +417,7 @@ def _video(number, fd, console):
         def seek_accurate(self, pos):
             self._at = range(len(self))[pos]
             super().seek_accurate(pos)
-        seek, skip_frames, __next__ = seek_accurate, lambda self, num=1: self.seek(self._at + num), next
+        seek, __next__ = seek_accurate, next
     return VideoReader()
 
 class _Console(io.StringIO):

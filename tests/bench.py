@@ -2,6 +2,7 @@
 import argparse
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def pss_mib(pid):
 def sandbox(cycles=1000):
     """Start, call and plot of a sandbox against a process that imports for itself; memory; what cycles leave behind."""
     from PIL import Image
-    from sandbox import Sandbox, _pool, warm
+    from sandbox import WAITING, Sandbox, _pool
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
 
     def by_itself():
@@ -72,27 +73,29 @@ def sandbox(cycles=1000):
             assert box.run("print(1)").text == "1\n"
             first.append(time.perf_counter())
 
-    def started(prepare):
+    def started():
         """Milliseconds from Sandbox() to its first result, close() apart."""
         times = []
         for _ in range(15):
-            prepare()
+            time.sleep(0.15)
             begin = time.perf_counter()
             start()
             times.append((first[-1] - begin) * 1e3)
         return statistics.median(times)
 
-    def empty():
-        with _pool.lock:                                        # as when many were taken at once
-            while _pool.channels:
-                _pool.channels.pop().close()
+    def drain(count):
+        """Take away children that wait: with none, each has to be made."""
+        for _ in range(count):
+            for fd in socket.recv_fds(_pool.control, 4096, 2)[1]:
+                os.close(fd)
     first = []
     by_itself()
     reference = median_ms(by_itself, 5)
     start()
     print(f"imports for itself: first result after {reference:.0f} ms")
-    for name, prepare, target in (("warm pool", lambda: (warm(2), time.sleep(0.15)), 100), ("cold", empty, 20)):
-        value = started(prepare)
+    for name, waiting, target in (("warm pool", WAITING, 100), ("cold", 0, 20)):
+        drain(WAITING - waiting)
+        value = started()
         print(f"{name}: first result after {value:.1f} ms, {reference / value:.0f}x faster (target {target}x)")
 
     picture = Image.effect_noise((1024, 768), 80).convert("RGB")
@@ -117,7 +120,7 @@ def sandbox(cycles=1000):
         assert len(box.run(PLOT).images) == 1
 
     before = descendants(os.getpid())
-    warm(32)
+    _pool.control.send(b"f" * 32)
     time.sleep(5)
     waiting = descendants(os.getpid()) - before
     print(f"a waiting sandbox: {statistics.mean(map(pss_mib, waiting)):.1f} MiB PSS (target 8)")
@@ -134,8 +137,7 @@ def sandbox(cycles=1000):
           f"made and run in {time.perf_counter() - begin:.1f} s")
     while boxes:
         boxes.pop().close()
-    empty()
-    start()
+    drain(32 - WAITING)
     time.sleep(2)
 
     def state():

@@ -30,7 +30,7 @@ from PIL import Image
 
 os.environ["TRAINER_SECRET"] = "s3cret-environment"      # before the first sandbox: what it must not inherit
 import sandbox  # noqa: E402
-from sandbox import Result, Sandbox, SandboxError, warm  # noqa: E402
+from sandbox import Result, Sandbox, SandboxError  # noqa: E402
 
 SECRET = "s3cret-4711"
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +114,12 @@ def host_pid(box):
 def scratch_folders():
     """Scratch directories on disk, where there are no namespaces: each is named after its process."""
     return glob.glob(tempfile.gettempdir() + "/sandbox-*/*")
+
+
+def settled():
+    """Return when as many children wait as should."""
+    busy = []
+    eventually(lambda: busy.append(len(family(os.getpid()))) or len(busy) > 9 and len(set(busy[-9:])) == 1)
 
 
 def eventually(condition, seconds=10):
@@ -204,9 +210,6 @@ def test_figures_come_in_order_and_are_bound(fresh):
     video_only = fresh()
     video_only.run("Image.new('RGB', (5, 5)).show()")
     assert video_only.run("print(image_clue_0.size)").text == "(5, 5)\n"
-    later = fresh(first_clue=4)
-    later.run("Image.new('RGB', (5, 5)).show()")
-    assert later.run("print(image_clue_4.size)").text == "(5, 5)\n"
 
 
 def test_images_of_every_mode(box):
@@ -223,12 +226,13 @@ def test_images_of_every_mode(box):
     assert result.images[2].getpixel((0, 0)) == (77, 77, 77) and len(result.images) == 4
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F"])
-def test_inputs_arrive_unchanged(fresh, mode):
-    image = Image.effect_noise((31, 17), 90)
-    image = image.convert(mode) if mode != "P" else image.quantize(9)
-    text = fresh([image]).run("i = image_clue_0; print(i.mode, i.size, list(i.convert('RGB').tobytes()))").text
-    assert text == f"{mode} (31, 17) {list(image.convert('RGB').tobytes())}\n"
+def test_inputs_arrive_unchanged(fresh):
+    noise, modes = Image.effect_noise((31, 17), 90), ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F"]
+    images = [noise.convert(mode) if mode != "P" else noise.quantize(9) for mode in modes]
+    box = fresh(images)
+    for k, (mode, image) in enumerate(zip(modes, images)):
+        text = box.run(f"i = image_clue_{k}; print(i.mode, i.size, list(i.convert('RGB').tobytes()))").text
+        assert text == f"{mode} (31, 17) {list(image.convert('RGB').tobytes())}\n"
 
 
 def test_too_large_and_too_thin_figures(box):
@@ -254,17 +258,17 @@ def test_threads_and_scratch_files(fresh):
     np.save('deep/er/x.npy', np.arange(3))
     print(Image.open('b.png').size, np.load('deep/er/x.npy'), sorted(os.listdir('.')))
     with tempfile.NamedTemporaryFile('w') as file: file.write('x')
+    shutil.copy2('a.png', 'd.png'); shutil.copytree('deep', 'tree'); shutil.move('d.png', 'tree'); shutil.rmtree('tree')
     os.rename('b.png', 'c.png'); os.remove('c.png'); shutil.rmtree('deep'); os.remove('a.png'); print(os.listdir('.'))
     """
     text = fresh([Image.new("RGB", (448, 336))]).run(textwrap.dedent(code)).text
     assert text == "285\n(448, 336) [0 1 2] ['a.png', 'b.png', 'deep']\n[]\n"
 
 
-def test_imports_without_torch_and_seeds(fresh):
+def test_imports_without_torch_and_chance_of_its_own(fresh):
     assert fresh().run("import sys; print('torch' in sys.modules)").text == "False\n"
-    draw = "import random; print(np.random.rand(), random.random(), hash('x'))"
-    first, second, other = fresh(seed=1).run(draw).text, fresh(seed=1).run(draw).text, fresh().run(draw).text
-    assert first == second != other and fresh().run(draw).text != other
+    draw = "import random; print(np.random.rand(), random.random())"
+    assert fresh().run(draw).text != fresh().run(draw).text
 
 
 @needs_video
@@ -275,8 +279,8 @@ def test_video(fresh):
     assert result.text == "300 (240, 320, 3) 25.0 (2, 240, 320, 3)\n"
     assert result.frames == [(0, 10), (0, 3), (0, 299)] and result.images == []
     result = box.run("v.seek_accurate(20); a = v.next(); b = next(v)\nfor k, f in zip(range(2), v): pass\n"
-                     "c = v[5:9:2]; v.skip_frames(3); v.next()")
-    assert result.error is None and result.frames == [(0, k) for k in (20, 21, 0, 1, 5, 7, 5)]
+                     "c = v[5:9:2]")
+    assert result.error is None and result.frames == [(0, k) for k in (20, 21, 0, 1, 5, 7)]
     assert "IndexError" in box.run("v[300]").error and box.run("print(v[0].shape, isinstance(v, object))").error is None
     direct = box.run("print(int(v[33].asnumpy().astype(int).sum()))").text
     import decord
@@ -345,6 +349,18 @@ def test_folders_elsewhere_cannot_be_listed(box, secret):
     assert secret.name not in text and "sandbox.py" not in text and text.count("failed") == 10 and "-> []" in text
 
 
+@pytest.mark.skipif(not os.access(os.path.join(sys.prefix, "lib"), os.W_OK), reason="Python's folder is not ours")
+def test_a_checkout_inside_pythons_installation_is_not_read():
+    with tempfile.TemporaryDirectory(dir=os.path.join(sys.prefix, "lib")) as folder:
+        Path(folder, "sandbox.py").write_text((ROOT / "sandbox.py").read_text())
+        Path(folder, "answers.json").write_text(SECRET)
+        os.chmod(folder, 0o755)
+        code = (f"import sandbox\ncode = 'import os; print(open(\\'{folder}/answers.json\\').read())'\n"
+                "box = sandbox.Sandbox(); print(box.run(code).text, box.run('import numpy.ma; print(6 * 7)').text)")
+        text = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout
+    assert "Error" in text and SECRET not in text and "42" in text
+
+
 def test_nothing_of_the_trainer_shows(fresh, secret):
     box = fresh()
     with open(secret) as handle:
@@ -382,7 +398,7 @@ def test_nothing_of_the_trainer_shows(fresh, secret):
     assert text.count("->") == 19 and SECRET not in text + seen and os.environ["TRAINER_SECRET"] not in text
     assert not [line for line in text.splitlines() if str(ROOT) in line.replace(sys.prefix, "") or "pytest" in line
                 or "-> shm" in line]  # Python's own home may lie in the checkout (.venv)
-    assert sorted(map(int, re.findall(r"^\d+$", seen, re.M))) == [0, 1, 2, 3, 4]   # null, the channel, its own pidfd
+    assert sorted(map(int, re.findall(r"^\d+$", seen, re.M))) == [0, 1, 2, 3]      # null three times, the channel
 
 
 # ---- writes ----
@@ -427,6 +443,13 @@ def test_nothing_elsewhere_can_be_written(box, secret):
 @pytest.mark.parametrize("code", [
     "data = b'x' * 2 ** 20\nfor k in range(10000):\n    with open(f'f{k % 20}', 'ab') as file: file.write(data)",
     "with open('a', 'wb') as file:\n    while True: file.write(bytes(2 ** 20))",
+    "import os, time\nopened = []\nfor k in range(3):\n    opened.append(open('x', 'wb'))\n"
+    "    opened[k].write(bytes(60 << 20)); opened[k].flush(); os.remove('x')\ntime.sleep(3)\nprint('ALIVE')",
+    "import mmap, os, time\nmapped = []\nfor k in range(3):\n    with open('x', 'w+b') as file:\n"
+    "        file.write(bytes(60 << 20)); file.flush(); mapped.append(mmap.mmap(file.fileno(), 4096))\n"
+    "    os.remove('x')\ntime.sleep(3)\nprint('ALIVE')",
+    "import ctypes, errno\nlibc, file = ctypes.CDLL(None, use_errno=True), open('x', 'wb')\n"
+    "libc.fallocate(file.fileno(), 1, 0, ctypes.c_long(1 << 30)) == 0 and print('ALIVE')\nraise OSError",
     "import os\nfor k in range(10 ** 9): os.close(os.open(f'f{k}', os.O_CREAT))",
     "import os\nwhile True: os.mkdir('d'); os.chdir('d')",
     "import os, time\nfor _ in range(50): os.mkdir('d' * 200); os.chdir('d' * 200)\nopen('hidden', 'w').write('x')\n"
@@ -435,9 +458,9 @@ def test_nothing_elsewhere_can_be_written(box, secret):
     "for k in range(10 ** 9): os.close(os.open(f'f{k}', os.O_CREAT))"])
 def test_scratch_is_limited_and_removed(fresh, code):
     folders = set(scratch_folders())
-    box, other = fresh(timeout=10), fresh()
+    box, other = fresh(timeout=30), fresh()
     result = box.run(code)
-    assert result.error and "TimeoutError" not in result.error
+    assert result.error and "TimeoutError" not in result.error and "ALIVE" not in result.text
     assert other.run("print(1)").text == "1\n"
     box.close(), other.close()
     assert eventually(lambda: set(scratch_folders()) <= folders | set(waiting()))
@@ -497,6 +520,7 @@ def test_no_network_of_any_family(box, tmp_path):
 def test_no_programs_and_no_forks(box, tmp_path):
     tmp_path.chmod(0o777)
     mark = str(tmp_path / "ran")
+    settled()
     before = family(os.getpid())
     text = attack(box, """
         os.system('touch ' + mark)
@@ -512,10 +536,13 @@ def test_no_programs_and_no_forks(box, tmp_path):
         libc.syscall(56, 17, 0, 0, 0, 0) == -1 or time.sleep(60)
         libc.syscall(435, ctypes.create_string_buffer(88), 88) == -1 or time.sleep(60)
         __import__('multiprocessing').Process(target=print).start()
+        __import__('fcntl').ioctl(0, 0x5412, b'x')
+        open('/dev/tty', 'w').write('x')
         os.execv('/bin/touch', ['touch', mark])
         libc.execv(b'/bin/touch', None)
         """, mark=mark)
-    assert text.count("->") == 15 and not os.path.exists(mark) and family(os.getpid()) - before <= {host_pid(box)}
+    assert all("failed" in line for line in text.splitlines() if "ioctl" in line or "/dev/tty" in line)
+    assert text.count("->") == 17 and not os.path.exists(mark) and family(os.getpid()) - before <= {host_pid(box)}
 
 
 def test_other_processes_are_out_of_reach(box):
@@ -553,6 +580,7 @@ def test_privileges_are_gone(box):
     status = Path(f"/proc/{host_pid(box)}/status").read_text()
     for line in ("NoNewPrivs:\t1", "Seccomp:\t2", *(f"Cap{name}:\t{0:016x}" for name in ("Inh", "Prm", "Eff", "Amb"))):
         assert line in status
+    assert re.search(r"core file size +1 +1 ", Path(f"/proc/{host_pid(box)}/limits").read_text())    # 0 feeds a pipe
     if platform.machine() == "x86_64":
         calls = {
             "unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "bpf": 321,
@@ -562,7 +590,9 @@ def test_privileges_are_gone(box):
             "mknod": 133, "setuid": 105, "setgroups": 116, "capset": 126, "prctl": 157, "seccomp": 317, "kcmp": 312,
             "personality": 135, "swapon": 167, "reboot": 169, "kexec_load": 246, "init_module": 175, "quotactl": 179,
             "vmsplice": 278, "process_vm_readv": 310, "pidfd_getfd": 438, "fsopen": 430, "open_tree": 428,
-            "landlock_create_ruleset": 444, "memfd_secret": 447, "x32 getpid": 0x40000027}
+            "landlock_create_ruleset": 444, "prlimit64": 302, "setrlimit": 160, "membarrier": 324, "mincore": 27,
+            "fadvise64": 221, "timer_create": 222, "io_setup": 206, "mlock": 149, "rt_sigqueueinfo": 129,
+            "memfd_secret": 447, "x32 getpid": 0x40000027}
         result = box.run("import ctypes\nlibc, b = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(256)"
                          f"\nfor name, number in {calls}.items():\n"
                          "    print(name, libc.syscall(number, b, b, b, b, b), ctypes.get_errno())")
@@ -573,20 +603,20 @@ def test_privileges_are_gone(box):
     ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()", ""),
     ("import threading\ndef more():\n    for _ in range(9): threading.Thread(target=more, daemon=True).start()\n"
      "more()\nwhile True: pass", ""),
-    ("x = []\nwhile True: x.append(bytearray(2 ** 26))", "MemoryError"), ("np.ones(2 ** 36)", "Memory"),
+    ("x = []\nwhile True: x.append(np.empty(2 ** 24))", "Memory"), ("np.ones(2 ** 36)", "Memory"),
     ("import mmap\nx = []\nwhile True:\n    x.append(mmap.mmap(-1, 2 ** 26))", "OSError"),
     ("import os\nwhile True: os.pipe()", "OSError"), ("x = [open('/dev/null') for _ in range(10 ** 6)]", "OSError"),
     ("def f(): f()\nf()", "RecursionError"), ("import ctypes; ctypes.string_at(0)", "died"),
     ("import os; os._exit(0)", "died"),
     ("import os; os.abort()", "died"), ("import os; os.close(3)", "died"), ("print('x' * 2 ** 40)", "MemoryError")])
 def test_bombs_hit_only_their_own_sandbox(box, fresh, code, error):
-    bomb = fresh(timeout=4 if not error else 20)
+    bomb = fresh(timeout=1 if not error else 60)
     result = bomb.run(code)
     assert result.error and error in result.error
     text = box.run("import threading; t = threading.Thread(target=print, args=(1,)); t.start(); t.join()").text
     assert text.endswith("1\n")
     threading.Thread(target=print).start()                                      # the trainer still gets threads
-    assert eventually(lambda: bomb.run("print(2)").text.endswith("2\n"))
+    assert eventually(lambda: bomb.run("print(2)").text.endswith("2\n"))       # it may be killed only now
 
 
 def test_threads_are_counted(fresh):
@@ -612,12 +642,12 @@ def reply(body, id=call, size=None): os.write(3, struct.pack('<16sI', id, len(bo
     "os.write(3, b'x' * 100)", "reply(b'[]')", "reply(b'[' * 100000)", "reply(b'{}')", "reply(b'1' * 5000)",
     "reply(b'\\xff\\xfe')", "reply(b'', size=2 ** 32 - 1)", "reply(b'[1, 2, 3, 4, 5]')", "os.write(3, call[:5])",
     *(f"reply({body.encode()!r})" for body in (
-        '["", null, false, [], [[-1, -1]]]', '["", null, false, [], [[1e9, 1e9]]]', '["", null, false, [], [[1e5, 9]]]',
-        '["", null, false, [], [[1.5, 2]]]', '["", null, false, [[1]], []]', '["", null, false, {"a": 1}, []]',
-        '["", null, false, [], "ab"]', '["", null, false, [], [[9, 9]]]', '[null, null, false, null, null]',
-        '["", null, false, [[1e999, 1]], []]', '["", null, false, [], null]', '["", null, false, [["x", 1]], []]')),
-    "reply(json.dumps(['', None, False, [], [[10, 10]] * 99]).encode())",
-    "reply(b'[\"\", 7, false, [], []]', id=bytes(16))"])
+        '["", null, [], [[-1, -1]]]', '["", null, [], [[1e9, 1e9]]]', '["", null, [], [[1e5, 9]]]',
+        '["", null, [], [[1.5, 2]]]', '["", null, [[1]], []]', '["", null, {"a": 1}, []]',
+        '["", null, [], "ab"]', '["", null, [], [[9, 9]]]', '[null, null, null, null]',
+        '["", null, [[1e999, 1]], []]', '["", null, [], null]', '["", null, [["x", 1]], []]')),
+    "reply(json.dumps(['', None, [], [[10, 10]] * 99]).encode())",
+    "reply(b'[\"\", 7, [], []]', id=bytes(16))"])
 def test_forged_replies_are_errors(box, code):
     result = box.run(FORGE + code + "\nimport time; time.sleep(0.05); os._exit(1)")
     assert result.error and result.images == []
@@ -626,31 +656,46 @@ def test_forged_replies_are_errors(box, code):
 
 
 def test_a_reply_never_answers_another_call(box):
-    box.run(FORGE + "forged = json.dumps(['forged', None, False, [], []]).encode()")
+    box.run(FORGE + "forged = json.dumps(['forged', None, [], []]).encode()")
     result = box.run(FORGE + "reply(forged); reply(forged)")
     assert result.text == "forged"                                              # its own reply is its own affair
     result = box.run("print('real')")
     assert "forged" not in result.text and result.error
     late = "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.3), reply(forged))).start()"
-    box.run(FORGE + "forged = json.dumps(['forged', None, False, [], []]).encode()\n" + late)
+    box.run(FORGE + "forged = json.dumps(['forged', None, [], []]).encode()\n" + late)
     time.sleep(0.5)
     for _ in range(2):
         assert "forged" not in box.run("import time; time.sleep(0.2); print('real')").text
 
 
-def test_dribbled_and_silent_replies_end_at_the_deadline(fresh):
-    for code in ("", "os.write(3, struct.pack('<16sI', call, 99999))", "reply(b'[1, null, false, [], [[999, 999]]]')"):
-        box, start = fresh(timeout=0.6), time.monotonic()
-        assert box.run(f"{FORGE}\nimport signal, time; signal.setitimer(signal.ITIMER_REAL, 0)\n{code}\n"
-                       "while True: os.write(3, b' '); time.sleep(0.02)").error
-        assert time.monotonic() - start < 0.6 + 0.5
+def within(fresh, code, seconds=0.5):
+    """The result of code with a timeout of `seconds`, in a sandbox of its own that was asked before; its text then.
+    Half a second later it must be there: on a busy machine at the third attempt."""
+    for attempt in range(3):
+        box = fresh([Image.new("RGB", (9, 7))], timeout=seconds)
+        box.run("lost = 1")
+        pid, start = host_pid(box), time.monotonic()
+        result = box.run(code)
+        if time.monotonic() - start < seconds + 0.5 or attempt == 2:
+            assert time.monotonic() - start < seconds + 0.5 and pid not in processes()
+            return result, box.run("print(image_clue_0.size, 'lost' in globals())").text
+
+
+@pytest.mark.parametrize("code", [
+    "while True: os.write(3, b' '); time.sleep(0.02)",
+    "os.write(3, struct.pack('<16sI', call, 99999))\nwhile True: os.write(3, b' '); time.sleep(0.02)",
+    "reply(json.dumps(['', None, [], [[1400, 1400]] * 32]).encode())\nwhile True: os.write(3, b' ')",
+    "time.sleep(0.6); reply(b'[\"late\", null, [], []]')\nwhile True: pass"])
+def test_dribbled_silent_and_late_replies_end_at_the_deadline(fresh, code):
+    _, then = within(fresh, FORGE + "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0)\n" + code)
+    assert then.startswith("[Restarted") and then.endswith("(9, 7) False\n")
 
 
 def test_fuzzed_replies(fresh):
     box, dice, outcomes = fresh(), random.Random(0), set()
-    good, end = json.dumps(["text", None, False, [[0, 1]], [[2, 2]]]).encode(), box._end
+    good, end = json.dumps(["text", None, [[0, 1]], [[2, 2]]]).encode(), box._end
     box._end = type("Alive", (), {"alive": True, "__call__": lambda self: None})()      # only the channel changes
-    for _ in range(400):
+    for _ in range(300):
         ours, theirs = socket.socketpair()
 
         def answer():
@@ -690,26 +735,17 @@ def test_fuzzed_replies(fresh):
     "class A:\n    def __del__(self):\n        while True: pass\nA()",
     "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E"])
 def test_timeout_holds_whatever_the_code_does(fresh, code):
-    box = fresh([Image.new("RGB", (9, 7))], timeout=0.5)
-    box.run("lost = 1")
-    pid, start = host_pid(box), time.monotonic()
-    result = box.run(code)
-    assert time.monotonic() - start < 0.5 + 0.5 and pid not in processes()
+    result, then = within(fresh, code)
     assert "TimeoutError" in result.error and result.text.endswith(result.error)
-    first, second = box.run("print(image_clue_0.size, 'lost' in globals())"), box.run("print(1)")
-    assert "lost" in first.text.splitlines()[0] and first.text.endswith("(9, 7) False\n") and second.text == "1\n"
+    assert then.startswith("[Restarted") and then.endswith("(9, 7) False\n")
 
 
-def test_text_before_a_timeout_is_kept(fresh):
-    result = fresh(timeout=0.5).run("print('before')\nimage = Image.new('RGB', (5, 5)); image.show()\nwhile True: pass")
+def test_a_timeout_keeps_text_and_figures_and_is_said_once(fresh):
+    box = fresh(timeout=1)
+    result = box.run("print('before')\nImage.new('RGB', (5, 5)).show()\nwhile True: pass")
     assert result.text.startswith("before\n") and len(result.images) == 1 and '"<code>", line 3' in result.error
-
-
-def test_figures_keep_their_numbers_across_a_restart(fresh):
-    box = fresh([Image.new("RGB", (9, 7))], timeout=0.5)
-    box.run("image_clue_0.show()")
-    box.run("while True: pass")
-    assert box.run("image_clue_0.crop((0, 0, 3, 3)).show(); print(image_clue_2.size)").text.endswith("(3, 3)\n")
+    text = box.run("Image.new('RGB', (3, 3)).show(); print(image_clue_1.size)").text
+    assert text.startswith("[Restarted") and text.endswith("(3, 3)\n") and box.run("print(1)").text == "1\n"
 
 
 def test_threads_left_behind_stand_still(fresh):
@@ -718,7 +754,7 @@ def test_threads_left_behind_stand_still(fresh):
             "threading.Thread(target=spin, daemon=True).start()")
 
     def cpu():
-        time.sleep(0.3)
+        time.sleep(0.2)
         return sum(map(int, Path(f"/proc/{host_pid(box)}/stat").read_text().rpartition(")")[2].split()[11:13]))
     assert abs(cpu() - cpu()) <= 1 and box.run("print(count > 0)").text == "True\n"
 
@@ -748,32 +784,55 @@ def test_many_cycles_leave_nothing(fresh):
     Sandbox().close()
     def state():
         return len(family(os.getpid())), len(os.listdir("/proc/self/fd")), len(scratch_folders())
-    eventually(lambda: len(waiting()) == 1, 1)
+    settled()
     before = state()
-    for k in range(40):
+    for k in range(20):
         with Sandbox([Image.new("RGB", (64, 64))]) as box:
             assert box.run(f"print({k})").text == f"{k}\n"
     assert eventually(lambda: state() == before), (before, state())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_survives_the_trainer(number):
-    code = ("import sandbox, threading\nboxes = [sandbox.Sandbox(timeout=99) for _ in range(3)]\nsandbox.warm(2)\n"
+def test_nothing_survives_the_trainer():
+    code = ("import sandbox, threading\nboxes = [sandbox.Sandbox(timeout=99) for _ in range(4)]\n"
             "boxes[0].run('open(\"x\", \"w\").write(\"x\")')\n"
-            "for b in boxes[1:]: threading.Thread(target=b.run, args=('while True: pass',), daemon=True).start()\n"
+            "orphans = 'import ctypes, threading\\ndef spin():\\n  while True: pass\\n"
+            "threading.Thread(target=spin).start(); ctypes.CDLL(None).syscall({60: 60, 220: 93}[CLONE], 0)'\n"
+            "for code, box in zip(('while True: pass', 'import time; time.sleep(99)', orphans), boxes[1:]):\n"
+            "  threading.Thread(target=box.run, args=(code,), daemon=True).start()\n"
             "print('ready', flush=True); threading.Event().wait()")
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL) as trainer:
+    code = code.replace("{60: 60, 220: 93}[CLONE]", "60" if platform.machine() == "x86_64" else "93")
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    trainers = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                 stderr=subprocess.DEVNULL) for _ in signals]   # at once, side by side
+    for trainer, number in zip(trainers, signals):
         assert trainer.stdout.readline() == "ready\n"
         time.sleep(0.2)
         children = family(trainer.pid)
         folders = [path for path in scratch_folders() if int(path.rpartition("/")[2]) in children]
-        assert len(children) >= 4
+        assert len(children) >= 5
         trainer.send_signal(number)
-        trainer.wait(10)
-        assert eventually(lambda: not children & set(processes()))
-        assert eventually(lambda: not any(os.path.exists(os.path.dirname(path)) for path in folders))
+        trainer.wait(30), trainer.stdout.close()
+        assert eventually(lambda: not children & {pid for pid, (*_, state) in processes().items() if state != "Z"}, 30)
+        assert eventually(lambda: not any(os.path.exists(os.path.dirname(path)) for path in folders), 30)
     assert not glob.glob(tempfile.gettempdir() + "/matplotlib-*")               # made for users without a home
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_a_trainer_without_standard_streams(closed, tmp_path):
+    code = "import sandbox; print(sandbox.Sandbox().run('print(6 * 7)').text, file=open('said', 'w'))"
+    script = f'cd {tmp_path}; exec "$0" -c "$1" {closed}'
+    subprocess.run(["sh", "-c", script, sys.executable, code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (tmp_path / "said").read_text() == "42\n\n"
+
+
+@pytest.mark.skipif(os.getuid() or subprocess.call(["unshare", "-m", "true"]), reason="mounts need root")
+def test_a_trainer_without_home_and_with_nowhere_to_write():
+    code = "import sandbox; print(sandbox.Sandbox().run('open(\"x\", \"w\").write(\"x\"); print(6 * 7)').text)"
+    script = ('for folder in /tmp /var/tmp /dev/shm "$0"; do mount --bind $folder $folder; '
+              'mount -o remount,ro,bind $folder; done; exec env -u HOME -u TMPDIR "$@"')
+    run = subprocess.run(["unshare", "-m", "sh", "-c", script, str(ROOT), sys.executable, "-c", code], cwd="/proc",
+                         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert run.stdout == "42\n\n", run.stderr
 
 
 def test_an_interrupted_call_is_not_answered_later(fresh):
@@ -793,12 +852,13 @@ def test_an_interrupted_call_is_not_answered_later(fresh):
 
 
 def test_a_fork_of_the_trainer_gets_its_own(fresh):
-    box = fresh()
-    box.run("x = 1")
+    box, other = fresh(), fresh()
+    box.run("x = 1"), other.run("x = 2")
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
         try:
+            other.close()
             os.write(write, (box.run("print('x' in globals())").text + Sandbox().run("print(2)").text).encode())
         finally:
             os._exit(0)
@@ -806,24 +866,57 @@ def test_a_fork_of_the_trainer_gets_its_own(fresh):
     with os.fdopen(read) as file:
         text = file.read()
     os.waitpid(pid, 0)
-    assert text.endswith("False\n2\n") and box.run("print(x)").text == "1\n"
+    assert text.endswith("False\n2\n") and box.run("print(x)").text == "1\n" and other.run("print(x)").text == "2\n"
+
+
+def test_no_descriptor_goes_to_programs_of_the_trainer(fresh):
+    box = fresh()
+    assert not os.get_inheritable(box._process) and not os.get_inheritable(box._channel.fileno())
 
 
 def test_the_forking_process_is_replaced_when_it_dies(fresh):
     box = fresh()
-    os.kill(sandbox._pool.server.pid, signal.SIGKILL)
-    sandbox._pool.server.wait()
+    server = sandbox._pool.server.pid                           # itself, or, with namespaces, who waits for it
+    inner = [pid for pid, (parent, *_) in processes().items() if parent == server and not scratch_folders()]
+    os.kill((inner or [server])[0], signal.SIGKILL)
     assert eventually(lambda: box._channel.recv(1, socket.MSG_PEEK) == b"")
-    assert box.run("print(1)").error and box.run("print(2)").text.endswith("2\n")
     assert fresh().run("print(3)").text == "3\n"
+    assert box.run("print(1)").error and box.run("print(2)").text.endswith("2\n")
+
+
+def test_closing_ends_a_call_in_another_thread_and_no_other_process(fresh, monkeypatch):
+    box, results = fresh(timeout=60), []
+    thread = threading.Thread(target=lambda: results.append(box.run("while True: pass")))
+    thread.start()
+    time.sleep(0.2)
+    box.close()
+    thread.join(20)
+    assert results[0].error and not thread.is_alive()
+    send, box, seen = signal.pidfd_send_signal, fresh(), []
+
+    def slow(process, number):
+        if number == signal.SIGSTOP:                            # the call is over, and now another thread closes
+            threading.Thread(target=box.close).start()
+            time.sleep(0.2)
+            seen.append(os.path.exists(f"/proc/self/fd/{process}"))             # else the number may mean another
+        return send(process, number)
+    monkeypatch.setattr(sandbox, "_send", slow)
+    box.run("print(1)")
+    assert seen == [True]
+
+
+def test_one_sandbox_from_several_threads(fresh):
+    box, texts = fresh(), []
+    threads = [threading.Thread(target=lambda k=k: texts.append((k, box.run(f"print({k})").text))) for k in range(9)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert sorted(texts) == [(k, f"{k}\n") for k in range(9)]
 
 
 def test_many_at_once_from_threads(fresh):
-    warm(4)
     results = {}
 
     def work(k):
-        with Sandbox([Image.new("RGB", (16, 16), (k, 0, 0))], seed=k) as box:
+        with Sandbox([Image.new("RGB", (16, 16), (k, 0, 0))]) as box:
             results[k] = [box.run(f"y = {k}; print(image_clue_0.getpixel((0, 0))[0])").text, box.run("print(y)").text]
     threads = [threading.Thread(target=work, args=(k,)) for k in range(12)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
@@ -847,16 +940,17 @@ os.execv(sys.argv[2], sys.argv[2:])
 UNSHARE, PRCTL, MOUNT = (272, 157, 165) if platform.machine() == "x86_64" else (97, 167, 40)
 
 
-@pytest.mark.parametrize("refused, name", [({444: None}, "landlock"), ({PRCTL: 22}, "seccomp")])
-def test_a_missing_layer_is_refused_and_named(refused, name):
+def test_a_missing_layer_is_refused_and_named():
     code = ("import sandbox, warnings\ntry: sandbox.Sandbox()\nexcept sandbox.SandboxError as e: print('refused', e)\n"
             "with warnings.catch_warnings(record=True) as w:\n    warnings.simplefilter('always')\n"
             "    print(sandbox.Sandbox(unsafe=True).run('print(40 + 2)').text, *(x.message for x in w))")
-    command = [sys.executable, "-c", REFUSE, repr(refused), sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    first, second, third = run.stdout.split("\n", 2)
-    assert first.startswith("refused") and name in first and "unsafe_sandbox" in first
-    assert second == "42" and name in third
+    layers = {"landlock": {444: None}, "seccomp": {PRCTL: 22}}
+    runs = {name: subprocess.Popen([sys.executable, "-c", REFUSE, repr(refused), sys.executable, "-c", code], cwd=ROOT,
+                                   stdout=subprocess.PIPE, text=True) for name, refused in layers.items()}
+    for name, run in runs.items():
+        first, second, third = run.communicate()[0].split("\n", 2)
+        assert first.startswith("refused") and name in first and "unsafe_sandbox" in first
+        assert second == "42" and name in third
 
 
 CONFINEMENT = [
