@@ -5,15 +5,7 @@
   - Whatever made the answers, the same code scores them; intervals resample whole questions, not their k samples.
   - What a policy writes is untrusted: in the report it is JSON, then text nodes, and no script but the page's runs.
 """
-import argparse
-import base64
-import hashlib
-import inspect
-import io
-import json
-import os
-import re
-import sys
+import argparse, base64, hashlib, inspect, io, json, os, re, signal, sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -140,40 +132,35 @@ def collect(config, samples, folder):
     return list(read_state(folder).values()) if rank == 0 else []
 
 
-def looks(t):
-    """Where in its videos a trajectory looked: seconds of the frames that its code decoded or its context shows."""
+def looks(t, pictures=False):
+    """Where in its videos a trajectory looked: seconds of the frames that its code decoded or its context shows, and,
+    with `pictures`, at most a dozen of them as [second, thumbnail]."""
     videos, n = [], (t.prompt_images - len(t.sample.images)) // max(1, len(t.sample.videos))    # uniform frames of each
     for k, path in enumerate(() if t.error else t.sample.videos):
-        frames = {*middle_frames(path, n), *(frame for turn in t.turns for video, frame in turn.frames if video == k)}
         times, info = frame_times(path), video_info(path)
-        videos.append(dict(frames=sorted(frames), looked=[round(float(times[i]), 2) for i in sorted(frames)],
-                           seconds=info["frames"] / info["fps"]))
+        frames = {*middle_frames(path, n), *(frame for turn in t.turns for video, frame in turn.frames if video == k)}
+        frames = sorted(frames & {*range(len(times))})  # the sandbox says which, and what runs there can say anything
+        looked, some = [round(float(times[frame]), 2) for frame in frames], frames[::(len(frames) + 11) // 12 or 1]
+        try:
+            shown = [thumbnail(image, 96) for image in show_frames(path, some)] if pictures else []
+        except DataError:
+            shown = []                                  # the video breaks where the policy looked
+        videos.append(dict(looked=looked, seconds=info["frames"] / info["fps"],
+                           shown=[[looked[frames.index(frame)], image] for frame, image in zip(some, shown)]))
     return dict(videos=videos, frames_looked_at=sum(len(v["looked"]) for v in videos),
                 seconds_covered=sum(len({int(second) for second in v["looked"]}) for v in videos))
 
 
-def strip(path, frames, looked, seconds):
-    """A video as the report shows it: where it was looked at, and at most a dozen of the frames [second, picture]."""
-    some = slice(None, None, -(-len(frames) // 12) or 1)
-    try:
-        shown = [[second, thumbnail(image, 96)] for second, image in zip(looked[some], show_frames(path, frames[some]))]
-    except DataError:
-        shown = []                                      # it breaks where the policy looked
-    return dict(looked=looked, seconds=seconds, shown=shown)
-
-
 def record(t, index=0, repeat=0):
     """Trajectory -> its line of rollouts.jsonl: all that results and report need, pictures as thumbnails."""
-    where, contexts = looks(t), t.images[:len(t.sample.images)]
-    where["videos"] = [strip(path, **video) for path, video in zip(t.sample.videos, where["videos"])]
     return dict(
-        question=t.sample.question, images=[thumbnail(image) for image in contexts], **where,
+        question=t.sample.question, images=[thumbnail(image) for image in t.images[:len(t.sample.images)]],
         turns=[dict(text=turn.text, code=turn.code, output=turn.output or turn.error,
                     images=[thumbnail(image) for image in turn.images]) for turn in t.turns],
         error=t.error, answer=t.answer, reference=t.sample.answer, correct=t.correct if t.sample.answer else None,
         reward=t.reward, advantage=t.advantage, tool_calls=t.n_tool_calls, visual_tokens=t.visual_tokens,
-        response_tokens=sum(t.action_mask), end_reason=t.end_reason.value, data_source=t.sample.data_source,
-        id=t.sample.id, index=index, repeat=repeat)
+        response_tokens=sum(t.action_mask), **looks(t, pictures=True), end_reason=t.end_reason.value,
+        data_source=t.sample.data_source, id=t.sample.id, index=index, repeat=repeat)
 
 
 def read_state(folder):
@@ -372,15 +359,13 @@ def run(config):
 
 
 def main(argv=None):
-    """Bad input: one line, exit code 2. Ctrl-C: the same command goes on where this one stopped."""
+    """Bad input: one line, exit code 2."""
     try:
         run(parse_flags(EvalConfig, argv))
     except (DataError, SandboxError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(print(f"evaluate.py: {error}", file=sys.stderr) or 2)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":                              # Ctrl-C at once: a library could make of it a sample's error
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     main()
