@@ -170,11 +170,11 @@ def _launch():
     """Start the forking process by exec, in a session no Ctrl-C reaches, its source from stdin: no path of ours."""
     while (spare := os.open(os.devnull, os.O_RDWR)) < 3: pass   # closed standard streams: not to become our sockets
     os.close(spare)
-    _pool.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    _pool.control, theirs = socket.socketpair()
     _pool.control.settimeout(START)
     _pool.control.send(b"f" * WAITING)
     trainer = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else os.pipe()[0]      # readable when we are gone
-    packages = [p for p in sys.path if any(os.path.isdir(f"{p}/{m}") for m in ("numpy", "PIL", "matplotlib", "decord"))]
+    packages = [path for path in sys.path if path.endswith("-packages")]        # and no folder of somebody's projects
     libraries = [f"{prefix}/{lib}" for prefix in (sys.prefix, sys.base_prefix) for lib in ("lib", "lib64")]
     reads = {inner for path in (*libraries, *packages, *READS.split()) for inner in _but_for_us(path)}
     environment = dict(PATH="/usr/bin:/bin", LANG="C.UTF-8", MPLBACKEND="Agg", PYTHONUTF8="1", PYTHONSAFEPATH="1",
@@ -306,7 +306,8 @@ def _give_up(scratch, spaces):
         with suppress(OSError):
             _kernel("unshare", 0x10000000)                      # CLONE_NEWUSER
     for name, value in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+        with suppress(ValueError):                              # the limit that we have is lower
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     _kernel("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     _kernel("prctl", 38, 1, 0, 0, 0)                            # PR_SET_NO_NEW_PRIVS
     _kernel("prctl", 1, signal.SIGKILL)                         # PR_SET_PDEATHSIG
