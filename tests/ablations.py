@@ -1,14 +1,16 @@
 """The paper's four ablations on the built-in puzzles: `python tests/ablations.py --seeds 5` (or --quick).
 
-Every arm is one flag of train.py. All begin from one cold start; the arms of a seed share prompts and held-out puzzles,
-so differences are taken in pairs, seed by seed. Runs go seed by seed, and those that are finished are kept: a study that
-was stopped goes on, and what there is of it is balanced. The setting was fixed before the seeds from 0 were run;
-docs/ablations.md says how. Leaves docs/ablations.json (every number) and, drawn from it, docs/ablations.md and .png.
+Every arm is one flag of train.py. All begin from one cold start; the arms of a seed share prompts and held-out
+puzzles, so differences are taken in pairs, seed by seed. Runs go seed by seed, and those that are finished are kept: a
+study that was stopped goes on, and what there is of it is balanced. The setting was fixed before the seeds from 0 were
+run; docs/ablations.md says how. Leaves docs/ablations.json (every number) and, drawn from it, docs/ablations.md and
+.png.
 """
 import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -67,7 +69,8 @@ def run(seeds, arms, out, jobs):
 
     def one(seed, arm):
         folder = place(out, seed, arm)
-        if len(rows_of(folder)) < SETTING["steps"]:
+        if len(rows_of(folder)) < SETTING["steps"]:                 # absent, or stopped on the way
+            shutil.rmtree(folder, ignore_errors=True)
             call(["train.py", *flags(model=start, seed=seed, out=folder, **SETTING), *ARMS[arm]], f"{folder}.log")
         print(f"seed {seed}, {arm}:", *(f"{m} {f(rows_of(folder)):.2f}," for m, f in MEASURES.items()), flush=True)
 
@@ -161,8 +164,8 @@ def write(study):
     """docs/: the numbers, the tables above what was written by hand, the figure."""
     page = DOCS / "ablations.md"
     by_hand = page.read_text().partition(BY_HAND)[2] if page.exists() else "\n"
-    head = "# The paper's ablations, on the puzzles\n\nWritten by `python tests/ablations.py`.\n\n![](ablations.png)\n\n"
-    page.write_text(head + tables(study) + BY_HAND + by_hand)
+    head = "# The paper's ablations, on the puzzles\n\nWritten by `python tests/ablations.py`."
+    page.write_text(f"{head}\n\n![](ablations.png)\n\n" + tables(study) + BY_HAND + by_hand)
     (DOCS / "ablations.json").write_text(json.dumps(study) + "\n")
     figure(study, DOCS / "ablations.png")
 

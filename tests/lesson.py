@@ -83,7 +83,8 @@ Not divided by the standard deviation. They sum to zero in each group.
 
 ## 6. Which tokens learn
 
-Of A2's {a2_tokens} tokens {a2_actions} are actions. Only these are in the loss; prompt and observation are read, not learned.
+Of A2's {a2_tokens} tokens {a2_actions} are actions. Only these are in the loss; prompt and observation are read, not
+learned.
 
 | part | tokens | mask |
 |---|---|---|
@@ -114,7 +115,7 @@ action tokens, which the step climbs, went from {climbed[0]:.2f} to {climbed[1]:
 
 
 def say(word, sample):
-    """A word of the cast as what the policy says: a crop of the plate that is asked for or of another one, an answer."""
+    """A word of the cast as what the policy says: a crop of the plate that is asked for or of another, an answer."""
     if word in ("right", "wrong"):
         return ANSWER.format(sample.answer if word == "right" else next(c for c in COLOURS if c != sample.answer))
     if word == "chat":
@@ -175,7 +176,8 @@ def page(run, groups, kept, counts, before, after, metrics):
 
     def group_row(letter, group):
         left = [t.reward for t in group if not t.broken]
-        fate = f"rank {rank[id(group[0])]}, kept" if id(group[0]) in rank else "outranked" if pstdev(left) else "no variance"
+        dropped = "outranked" if pstdev(left) else "no variance"
+        fate = f"rank {rank[id(group[0])]}, kept" if id(group[0]) in rank else dropped
         return letter, ", ".join(f"{r:.1f}" for r in left), f"{mean(left):.3f}", f"{pstdev(left):.3f}", fate
     return PAGE.format(
         oversample=config.oversample, keep=config.batch_size, n=n, lr=config.lr, answer=first.sample.answer,
@@ -191,8 +193,8 @@ def page(run, groups, kept, counts, before, after, metrics):
         a2_tokens=len(second.tokens), a2_actions=sum(second.action_mask), segments=table(segments(decode, second)),
         sum=" ".join(f"{t.advantage:+.3f} · {len(values)}" for t, values in zip(trained, before)),
         by_hand=-sum(t.advantage * len(values) for t, values in zip(trained, before)) / n,
-        effect=table((names[id(t)], f"{t.advantage:+.3f}", f"{mean(b):.4f}", f"{mean(a):.4f}", f"{mean(a) - mean(b):+.4f}")
-                     for t, b, a in zip(trained, before, after)),
+        effect=table((names[id(t)], f"{t.advantage:+.3f}", f"{mean(b):.4f}", f"{mean(a):.4f}",
+                      f"{mean(a) - mean(b):+.4f}") for t, b, a in zip(trained, before, after)),
         climbed=[sum(t.advantage * sum(values) for t, values in zip(trained, found)) for found in (before, after)],
         **{name: metrics[name] for name in ("loss", "grad_norm", "clip_fraction")})
 
