@@ -185,8 +185,8 @@ def bootstrap(summary, samples, scores, seed=0):
 
 
 def interval(draws):
-    """95 % of the resamples."""
-    return np.percentile(draws[1:], [2.5, 97.5]).round(2).tolist()
+    """95 % of the resamples, but for those (nan) in which there was nothing to count."""
+    return np.nan_to_num(np.nanpercentile(draws[1:], [2.5, 97.5])).round(2).tolist()
 
 
 def summarize(config, samples, lines, judge):
@@ -202,16 +202,16 @@ def summarize(config, samples, lines, judge):
              "pass@k": bootstrap(PLAIN.summary, samples, scores.max(0, keepdims=True))["score"], **found["scores"]}
     means = ("tool_calls", "visual_tokens", "response_tokens", "frames_looked_at", "seconds_covered")
     errors = [line["error"] for line in lines if line["error"]]
-    return {"score": found["score"][0], "interval": interval(found["score"]), "n": len(samples), "k": config.k,
+    return {"score": np.nan_to_num(found["score"][0]), "interval": interval(found["score"]), "n": len(samples), "k": config.k,
             **{name: draws[name][0] for name in ("avg@k", "pass@k")},
             **{name: np.mean([line[name] for line in lines]) for name in means},
             "end_reasons": dict(Counter(line["end_reason"] for line in lines)), "undecided": graded["undecided"],
             "errors": len(errors), "first_error": next(iter(errors), ""),
             "judge_failures": judge.failures if judge else 0, "judge_error": judge.last_error if judge else "",
-            "scores": {name: draws[0] for name, draws in found["scores"].items()},
+            "scores": {name: np.nan_to_num(values[0]) for name, values in found["scores"].items()},
             "intervals": {name: interval(values) for name, values in draws.items()}, "settings": asdict(config),
             "correct": {f"{i} {sample.id}": x for i, (sample, x) in enumerate(zip(samples, scores.mean(0)))},
-            "draws": found["score"][1:].round(3).tolist()}
+            "draws": np.nan_to_num(found["score"][1:]).round(3).tolist()}
 
 
 def compare(files):
@@ -349,7 +349,7 @@ def run(config):
         print(BENCHMARKS.get(config.benchmark, PLAIN).table(results))
         long = ("score", "interval", "scores", "intervals", "settings", "correct", "draws")
         print(*(f"{name:<20}{round(value, 1) if isinstance(value, float) else value}" for name, value in results.items()
-                if name not in long), sep="\n")
+                if name not in long and value != ""), sep="\n")
     (folder / "rollouts.tmp").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (folder / "rollouts.tmp").replace(folder / "rollouts.jsonl")
     for file in folder.glob("rollouts.rank*.jsonl"):

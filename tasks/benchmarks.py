@@ -211,7 +211,8 @@ def score_benchmark(name, rows, predictions, judge=None, judge_only=False):
         correct[i] = correct[i] if verdict is None else verdict
     scores = [float(score or 0) for score in correct]
     found = benchmark.summary(rows, np.array(scores), np.ones((1, len(rows))))
-    return {"score": float(found["score"][0]), "scores": {name: float(x[0]) for name, x in found["scores"].items()},
+    return {"score": float(np.nan_to_num(found["score"][0])),
+            "scores": {name: float(np.nan_to_num(x[0])) for name, x in found["scores"].items()},
             "n": len(rows), "undecided": correct.count(None), "correct": scores}
 
 
@@ -256,8 +257,9 @@ def _by_words(text, row):
 
 
 def _weighted(scores, weights):
-    """Percent right (D,) of scores (n,), by each row of weights (D, n); 0 where nothing has any weight."""
-    return 100 * (weights @ scores) / np.maximum(weights.sum(1), 1e-9)
+    """Percent right (D,) of scores (n,), by each row of weights (D, n); nan where nothing has any weight."""
+    total = weights.sum(1)
+    return 100 * (weights @ scores) / np.where(total, total, np.nan)
 
 
 def _percents(rows, scores, weights, outer, inner=""):

@@ -138,6 +138,7 @@ def test_intervals_are_those_of_the_mean():
     samples = [Sample(str(i), "?", "a", data_source="ab"[i % 2]) for i in range(200)]
     scores = [[float(i % 4 < 2) for i in range(200)]]
     found = bootstrap(PLAIN.summary, samples, scores)
+    assert interval(bootstrap(PLAIN.summary, samples[:5], [[1, 1, 1, 1, 1]])["scores"]["b"]) == [100, 100]
     low, high = interval(found["score"])
     assert found["score"][0] == 50 and abs(high - low - 2 * 1.96 * 100 * (0.25 / 200) ** 0.5) < 1.5 and low < 50 < high
     assert found["scores"]["a"][0] == 50
