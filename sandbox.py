@@ -227,7 +227,7 @@ def _serve(control, trainer, packages, *reads):
         root = "/scratch" if any(path.startswith("/tmp/") for path in reads) else "/tmp"
         _pivot(reads, root)
     else:                                                       # a shell outlives us, should we be killed as well
-        root = tempfile.mkdtemp(prefix="sandbox-")
+        root = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
         subprocess.Popen(["sh", "-c", f"read _; {REMOVE}", root], stdin=subprocess.PIPE)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)               # the kernel reaps
     gc.collect()
@@ -267,7 +267,8 @@ def _watch(pid, scratch):
                 size += info.st_size * (info.st_nlink == 0)
         if state[0] != "T" and time.monotonic() % 1 < 0.1:      # takes a millisecond
             with open(f"/proc/{pid}/maps") as file: maps = file.read()
-        over = int(state[17]) > THREADS or size > SCRATCH or count > FILES or re.search(f"{scratch}/.* .deleted", maps)
+        hidden = re.search(re.escape(scratch) + r"/.* \(deleted\)$", maps, re.MULTILINE)
+        over = int(state[17]) > THREADS or size > SCRATCH or count > FILES or hidden
     except (FileNotFoundError, ProcessLookupError):
         return                                                  # the process ended
     except OSError:
