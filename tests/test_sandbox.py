@@ -603,6 +603,26 @@ def test_privileges_are_gone(box):
         assert result.text == "".join(f"{name} -1 1\n" for name in calls)       # all EPERM, not by their arguments
 
 
+HEADERS = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"}
+
+
+@pytest.mark.skipif(not all(map(os.path.exists, HEADERS.values())), reason="no kernel headers")
+def test_the_lists_of_both_machines_name_the_same_calls():
+    answers = {}
+    for machine, path in HEADERS.items():
+        defined = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(path).read_text())
+        name = {int(number): name for name, number in defined if name != "arch_specific_syscall"}
+        *numbers, lists = sandbox.CALLS[machine]
+        assert [name[number] for number in numbers[1:]] == ["clone", "fcntl"]
+        answers[machine] = {name.get(number, str(number)): answer for answer, ranges in lists.items()
+                            for first, last in re.findall(r"(\d+)-?(\d*)", ranges)
+                            for number in range(int(first), int(last or first) + 1)}
+    older = ("access alarm chmod creat dup2 epoll_wait futimesat getdents lstat mkdir newfstatat open pause pipe poll "
+             "readlink rename rmdir select stat symlink time unlink utime utimes")       # x86's alone
+    assert answers["aarch64"].items() - answers["x86_64"].items() == {("fstatat", None)}
+    assert answers["x86_64"].keys() - answers["aarch64"].keys() == set(older.split())
+
+
 @pytest.mark.parametrize("code, error", [
     ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()", ""),
     ("import threading\ndef more():\n    for _ in range(9): threading.Thread(target=more, daemon=True).start()\n"
