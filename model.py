@@ -1,17 +1,18 @@
 """The policy: load it, generate a turn, score its tokens, shard it, save it.
 
-Any Qwen2.5-VL or Qwen3-VL checkpoint is a policy; `tiny_policy` is the same architecture at 0.6 M parameters.
+Any Qwen2.5-VL or Qwen3-VL checkpoint is a policy; `tiny_policy` is the same architecture at 0.8 M parameters.
 What makes it fast, and why it is so:
   - Everything is packed: a forward takes the real tokens of all sequences in one row (1, N), no matmul sees padding;
     only attention gathers (sequence, position) tables, as `Block`s say. Prefill, observations, decoding and training
     share this one path.
-  - A prompt runs once for its group: generation copies its keys and values to the group's rows; in training the
-    group's responses attend to one packed copy of it, and gradients flow back through it.
+  - A prompt runs once for its group. In generation its keys and values are kept once, and all rows of the group look at
+    them together; in training the group's responses attend to one packed copy, and gradients flow back through it.
   - The cache lives across turns and is written in place at each row's own length. Rows that stop swap places with
     live ones, so the live rows are always a slice and a stopped row costs nothing.
   - Log-probs and entropy are taken at action positions only, in chunks that backward recomputes.
 
-Shapes: B sequences, T tokens, N packed tokens, A action tokens, V vocabulary, G group size, H heads, D head size.
+Shapes: B sequences, T tokens, N packed tokens, A action tokens, V vocabulary, G group size, P prompts, H heads,
+D head size.
 """
 import functools
 import importlib.util
@@ -23,22 +24,23 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, set_model_state_dict)
 from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
 from torch.utils.checkpoint import checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoImageProcessor, AutoModelForImageTextToText,
-                          AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
-                          Qwen2VLImageProcessorPil)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoImageProcessor,
+                          AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from data import DataError, encode
 
 CLOSING_TAGS = ("</code>", "</answer>")   # an action ends where one of these is complete
-HEAD_CHUNK = 256                          # action tokens whose logits exist at a time
-FEED_TOKENS = 16_384                      # tokens of one prefill forward
+HEAD_LOGITS = 2 ** 25                     # logits that exist at a time in training: 220 tokens of V = 152k
+FEED_TOKENS = 8_192                       # tokens of one forward in generation
+NEVER = -1e9                              # added to the logits of ids that are not to be sampled
 CHAT_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
 {% endif %}<|im_start|>{{ m.role }}
@@ -48,29 +50,60 @@ You are a helpful assistant.<|im_end|>
 {% endif %}"""
 
 
+# ------------------------------------------------------------------------------------------------ attention
 @dataclass
 class Block:
-    """R sequences that attend alike. queries (R, Q) and keys (R, S) index packed tokens (keys None: the cache's rows);
-    mask (R, 1, g * Q, S) is True where a query of one of the g heads that share a key head may look; real (R, Q)."""
+    """R sequences that attend alike. queries (R, Q) index packed tokens, where real (R, Q); keys: packed tokens (R, S),
+    or a slice of a Store; allowed (R, Q, S), or (R, 1, S): True where a query may look."""
     queries: torch.Tensor
-    keys: torch.Tensor | None
-    mask: torch.Tensor
     real: torch.Tensor
+    keys: object
+    allowed: torch.Tensor
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, blocks=None, **kwargs):
-    """Attention over a packed row (1, H, N, D), block by block; without blocks it is transformers' own sdpa."""
-    if blocks is None:
+class Layout:
+    """How the N tokens of a forward attend. passes: lists of blocks; each pass holds every token once, and what a token
+    sees in several passes is merged. store, row, slot: where the keys and values of the tokens are written."""
+
+    def __init__(self, passes, groups, store=None, row=None, slot=None):
+        self.store, self.row, self.slot, self.passes = store, row, slot, []
+        for blocks in passes:
+            token, real = (torch.cat([getattr(b, name).flatten() for b in blocks]) for name in ("queries", "real"))
+            place = torch.empty_like(token[real]).index_put((token[real],), real.nonzero()[:, 0])   # (N,) among R * Q
+            self.passes.append((blocks, place))
+            for block in blocks:
+                mask = block.allowed.float().log()                              # 0 where it may look, else -inf
+                block.mask = mask.repeat(1, groups if mask.shape[1] > 1 else 1, 1)[:, None]     # (R, 1, g * Q or 1, S)
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+    """Attention of a packed row (1, H, N, D) as the Layout says; without one it is transformers' own sdpa."""
+    if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    outputs = []
-    for block in blocks:
+    if layout.store is not None:
+        layout.store.write(module.layer_idx, key[0], value[0], layout.row, layout.slot)
+    merged, parts = len(layout.passes) > 1, []
+
+    def look(block):
+        """What the queries see (R * Q, H, D), and the log of the sum over which their softmax goes."""
+        cached, total = not isinstance(block.keys, torch.Tensor), None
+        k, v = block.keys(module.layer_idx) if cached else (x[0][:, block.keys].transpose(0, 1) for x in (key, value))
         q = query[0][:, block.queries].transpose(0, 1)                          # (R, H, Q, D)
-        k, v = (x if block.keys is None else x[0][:, block.keys].transpose(0, 1) for x in (key, value))
         (rows, heads, length, size), kv_heads = q.shape, k.shape[1]
         q = q.reshape(rows, kv_heads, -1, size)     # the heads that share a key head become queries: no repeated keys
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask, scale=scaling)
-        outputs.append(out.reshape(rows, heads, length, size).transpose(1, 2)[block.real])    # (n, H, D)
-    return torch.cat(outputs)[None], None
+        if merged:
+            scores = (q @ k.transpose(2, 3)).float() * scaling + block.mask
+            total = scores.logsumexp(-1, keepdim=True)
+            out = (scores - total).exp().to(v.dtype) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask.to(q.dtype), scale=scaling)
+        return [x.reshape(rows, heads, length, -1).transpose(1, 2).flatten(0, 1) for x in (out, total) if x is not None]
+    for blocks, place in layout.passes:
+        parts.append([torch.cat(column)[place] for column in zip(*map(look, blocks))])
+    if not merged:
+        return parts[0][0][None], None
+    seen, totals = map(torch.stack, zip(*parts))                                # (passes, N, H, D or 1)
+    return (seen * totals.softmax(0).to(seen.dtype)).sum(0)[None], None
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -79,74 +112,61 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 
 def ragged(lengths, device, start=0):
     """Packed indices (R, max length) of consecutive sequences from `start`, and which of the entries are real."""
-    lengths = torch.tensor(lengths, device=device)
+    lengths = torch.as_tensor(lengths, device=device)
     column = torch.arange(int(lengths.max()), device=device)
     real = column < lengths[:, None]
     return torch.where(real, (start + lengths.cumsum(0) - lengths)[:, None] + column, start), real
 
 
-class RowCache:
-    """Keys and values of `rows` rows, written in place: token i of a forward goes to [row[i], slot[i]]."""
+def causal(table, real, before=None, seen=None):
+    """Blocks of sequences table (R, T) that look at all of before (R, S) where `seen`, then at themselves causally; cut
+    along T, so that little is computed ahead of the diagonal and nothing for sequences that have ended."""
+    before, seen = (table[:, :0], real[:, :0]) if before is None else (before, seen)
+    size = max(128, -(-table.shape[1] // 8))
+    for start in range(0, table.shape[1], size):
+        rows, end = real[:, start].nonzero()[:, 0], min(start + size, table.shape[1])
+        position = torch.arange(end, device=table.device)
+        own = (position <= position[start:, None]).expand(len(rows), -1, -1)                    # (R, Q, end)
+        allowed = torch.cat([seen[rows, None].expand(-1, end - start, -1), own], 2)
+        keys = torch.cat([before[rows], table[rows, :end]], 1)
+        yield Block(table[rows, start:end], real[rows, start:end], keys, allowed)
 
-    def __init__(self, n_layers, rows):
-        self.rows, self.store = rows, [[None] * n_layers, [None] * n_layers]    # (rows, H, capacity, D) each
 
-    def plan(self, row, slot, lo, hi, limit):
-        """For the next forward: where tokens are written; rows lo:hi are read up to `limit`."""
-        self.row, self.slot, self.lo, self.hi, self.limit = row, slot, lo, hi, limit
+class Store:
+    """Keys and values of `rows` sequences by layer, (rows, H, capacity, D) each, written in place."""
+    spare = 0.5                                         # room that a store gets when it grows, as a part of its length
 
-    def update(self, key, value, layer, *args, **kwargs):
-        """Called by each attention layer: stores (1, H, N, D), returns the planned rows' (hi - lo, H, limit, D)."""
-        for store, new in zip(self.store, (key, value)):
-            old = store[layer]
-            if old is None or old.shape[2] < self.limit:
-                capacity = self.limit + max(128, self.limit // 4)
-                store[layer] = new.new_zeros(self.rows, new.shape[1], capacity, new.shape[3])
-                if old is not None:
-                    store[layer][:, :, :old.shape[2]] = old
-            store[layer][self.row, :, self.slot] = new[0].transpose(0, 1)
-        return [store[layer][self.lo:self.hi, :, :self.limit] for store in self.store]
+    def __init__(self, rows, capacity=0):
+        self.rows, self.limit, self.layers = rows, capacity, {}
 
-    def repeat(self, times):
-        """Copy every row to `times` adjacent rows: a prompt to its group."""
-        self.rows *= times
-        self.store = [[x.repeat_interleave(times, 0) for x in store] for store in self.store]
+    def write(self, layer, key, value, row, slot):
+        """Token i of key and value (H, N, D) goes to [row[i], slot[i]]; self.limit is the longest sequence then."""
+        old = self.layers.get(layer)
+        if old is None or old[0].shape[2] < self.limit:
+            capacity = self.limit if old is None else int(self.limit * (1 + self.spare))
+            self.layers[layer] = [x.new_zeros(self.rows, x.shape[0], capacity, x.shape[2]) for x in (key, value)]
+            for x, y in zip(self.layers[layer], old or ()):
+                x[:, :, :y.shape[2]] = y
+        for x, new in zip(self.layers[layer], (key, value)):
+            x[row, :, slot] = new.transpose(0, 1)
+
+    def slice(self, lo, hi):
+        """Function of a layer -> keys and values (hi - lo, H, limit, D)."""
+        return lambda layer, limit=self.limit: [x[lo:hi, :, :limit] for x in self.layers[layer]]
 
     def swap(self, a, b):
         """Exchange rows a[i] and b[i]."""
-        for x in (x for store in self.store for x in store):
+        for x in (x for pair in self.layers.values() for x in pair):
             x[a + b] = x[b + a]
 
 
+# ------------------------------------------------------------------------------------------------ records
 @dataclass
 class Encoded:
     """Token ids with their images: pixels (patches, features) or None, grid (images, 3) in patches (t, h, w)."""
     ids: list
     pixels: torch.Tensor | None
     grid: torch.Tensor
-
-
-class State:
-    """Rows under generation. Slot i of the cache holds row order[i], which has length[i] tokens in the cache, its next
-    at rotary position position[i]; pending[i] is sampled and not fed yet; logits (slots, V) predict the next token."""
-
-    def __init__(self, cache):
-        n = cache.rows
-        self.cache, self.order, self.logits = cache, [*range(n)], None
-        self.length, self.position, self.pending = [0] * n, [0] * n, [[]] * n
-
-    def columns(self):
-        return self.order, self.length, self.position, self.pending
-
-    def front(self, keep):
-        """Bring the slots `keep` (ascending) to the front by swaps with slots that are not kept."""
-        n = len(keep)
-        holes, movers = sorted(set(range(n)) - set(keep)), [slot for slot in keep if slot >= n]
-        if holes:
-            self.cache.swap(holes, movers)
-        for a, b in zip(holes, movers):
-            for column in self.columns():
-                column[a], column[b] = column[b], column[a]
 
 
 @dataclass
@@ -157,21 +177,46 @@ class Action:
     complete: bool = False
 
 
+class State:
+    """Rows under generation, G to a prompt. Slot i holds row order[i] of prompt owner[i]: length[i] tokens behind the
+    prompt are in the cache, the next has rotary position position[i]; pending[i] is sampled and not fed yet; logits
+    (slots, V) predict the next token. prompts, own: the cache; shown (P, 1, Tp): where a prompt is, not padding."""
+
+    def __init__(self, lengths, group_size, device):
+        n = len(lengths) * group_size
+        self.prompts, self.own = Store(len(lengths), max(lengths)), Store(n)
+        self.shown = ragged(lengths, device)[1][:, None]
+        self.order, self.owner = [*range(n)], [i for i in range(len(lengths)) for _ in range(group_size)]
+        self.length, self.position, self.pending, self.logits = [0] * n, [0] * n, [[]] * n, None
+
+    def front(self, keep, drop=False):
+        """Bring the slots `keep` (ascending) to the front by swaps with slots that are not kept; drop these."""
+        n, columns = len(keep), (self.order, self.owner, self.length, self.position, self.pending)
+        holes, movers = sorted(set(range(n)) - set(keep)), [slot for slot in keep if slot >= n]
+        if holes:
+            self.own.swap(holes, movers)
+        for column in columns:
+            for a, b in zip(holes, movers):
+                column[a], column[b] = column[b], column[a]
+            del column[n if drop else len(column):]
+
+
 class Policy:
     """A vision-language model with its tokenizer and image processor. `ban` (V,) keeps it from sampling image and video
     placeholders (they would need pixels) and ids that the tokenizer does not know."""
 
-    def __init__(self, model, tokenizer, image_processor):
-        self.model, self.tokenizer, self.image_processor, self.device = model, tokenizer, image_processor, model.device
+    def __init__(self, model, tokenizer, image_processor, device=None):
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.device = device or model.device
         text, ids = model.config.get_text_config(), tokenizer.convert_tokens_to_ids
-        self.kv_groups, self.n_layers = text.num_attention_heads // text.num_key_value_heads, text.num_hidden_layers
+        self.kv_groups = text.num_attention_heads // text.num_key_value_heads
         self.image_token, self.end = model.config.image_token_id, ids("<|im_end|>")
         self.ends = {self.end, ids("<|endoftext|>")}
         self.ban = torch.zeros(text.vocab_size, device=self.device)
-        self.ban[ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])] = -torch.inf
-        self.ban[len(tokenizer):] = -torch.inf
+        self.ban[ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])] = NEVER
+        self.ban[len(tokenizer):] = NEVER
         self.closing = {i for token, i in tokenizer.get_vocab().items() if ">" in token}
-        self.generator, self.sharded = torch.Generator(self.device), False
+        self.generator, self.sharded, self.in_step = torch.Generator(self.device), False, False
         self.tokens_fed = self.images_fed = 0                                  # what generation put through the model
         for function in (hidden, score):                                       # methods of the model, for FSDP's hooks
             setattr(model, function.__name__, types.MethodType(function, model))
@@ -200,57 +245,59 @@ class Policy:
     # ------------------------------------------------------------------------------------------------ generation
     @torch.no_grad()
     def prefill(self, prompts, group_size):
-        """Run each Encoded prompt once and copy it to its group: a State of prompt-major rows, G to a prompt."""
-        state = State(RowCache(self.n_layers, len(prompts)))
-        self.feed(state, prompts)
-        state.cache.repeat(group_size)
-        for column in state.columns():
-            column[:] = [x for x in column for _ in range(group_size)]
-        state.order, state.logits = [*range(state.cache.rows)], state.logits.repeat_interleave(group_size, 0)
+        """Run each Encoded prompt once, for all G rows of its group: a State of prompt-major rows."""
+        lengths = [len(prompt.ids) for prompt in prompts]
+        state, logits = State(lengths, group_size, self.device), []
+        places = [self.positions(prompt.ids, prompt.grid) for prompt in prompts]
+        for lo, hi in chunks(lengths):
+            table, real = ragged(lengths[lo:hi], self.device)
+            row, slot = real.nonzero().T
+            layout = Layout([[*causal(table, real)]], self.kv_groups, state.prompts, row + lo, slot)
+            ids = [prompt.ids for prompt in prompts[lo:hi]]
+            logits.append(self.forward(ids, torch.cat(places[lo:hi], 1), layout, prompts[lo:hi]))
+        state.logits = torch.cat(logits).repeat_interleave(group_size, 0)
+        state.position = [int(places[i].max()) + 1 for i in state.owner]
         return state
 
     @torch.no_grad()
     def extend(self, state, observations):
-        """{row: Encoded}: these rows go on with their observation, all others leave."""
-        state.front([slot for slot, row in enumerate(state.order) if row in observations])
-        for column in state.columns():
-            del column[len(observations):]
-        self.feed(state, [observations[row] for row in state.order])
+        """{row: Encoded}: these rows go on with their pending token and their observation, all others leave."""
+        state.front([slot for slot, row in enumerate(state.order) if row in observations], drop=True)
+        items, logits = [observations[row] for row in state.order], []
+        ids = [pending + item.ids for pending, item in zip(state.pending, items)]
+        places = [self.positions(i, item.grid) + first for i, item, first in zip(ids, items, state.position)]
+        for lo, hi in chunks([len(i) for i in ids]):
+            logits.append(self.forward_rows(state, lo, hi, ids[lo:hi], torch.cat(places[lo:hi], 1), items[lo:hi]))
+        state.logits, state.position = torch.cat(logits), [int(place.max()) + 1 for place in places]
         return state
 
-    def feed(self, state, items):
-        """Put the pending token and items[i] through the model for slot i, at most FEED_TOKENS at a time."""
-        lo, logits = 0, []
-        while lo < len(items):
-            hi, n = lo + 1, len(items[lo].ids)
-            while hi < len(items) and n + len(items[hi].ids) < FEED_TOKENS:
-                n, hi = n + len(items[hi].ids) + 1, hi + 1
-            ids = [state.pending[slot] + items[slot].ids for slot in range(lo, hi)]
-            places = [self.positions(i, item.grid) for i, item in zip(ids, items[lo:hi])]
-            places = [place + first for place, first in zip(places, state.position[lo:hi])]
-            logits.append(self.forward_rows(state, lo, hi, ids, torch.cat(places, 1), items[lo:hi]))
-            for slot in range(lo, hi):
-                state.position[slot], state.pending[slot] = int(places[slot - lo].max()) + 1, []
-            lo = hi
-        state.logits = torch.cat(logits)
-
     def forward_rows(self, state, lo, hi, ids, positions, items=()):
-        """Feed the list ids[i] to slot lo + i at rotary positions (3, N) -> logits (hi - lo, V) after its last token."""
-        counts = [len(i) for i in ids]
-        queries, real = ragged(counts, self.device)                                             # (R, Q)
-        slots = torch.tensor(state.length[lo:hi], device=self.device)[:, None]
-        slots = slots + torch.arange(queries.shape[1], device=self.device)                      # (R, Q)
-        state.length[lo:hi] = [a + b for a, b in zip(state.length[lo:hi], counts)]
-        limit = max(state.length[lo:hi])
-        rows = torch.arange(lo, hi, device=self.device)[:, None].expand_as(slots)
-        state.cache.plan(rows[real], slots[real], lo, hi, limit)
-        mask = torch.arange(limit, device=self.device) <= slots[:, :, None]                     # (R, Q, S)
-        block = Block(queries, None, mask.repeat(1, self.kv_groups, 1)[:, None], real)
+        """Feed the list ids[i] to slot lo + i at rotary positions (3, N) -> logits (hi - lo, V) after its last token.
+        Each token looks at its prompt, together with all others of the same, and at its own row."""
+        table, real = ragged([len(i) for i in ids], self.device)                # (R, Q)
+        row, slot = real.nonzero().T
+        start = torch.tensor(state.length[lo:hi], device=self.device)
+        state.length[lo:hi] = [n + len(i) for n, i in zip(state.length[lo:hi], ids)]
+        state.own.limit = max(state.length[lo:hi])
+        ahead = start[:, None, None] + torch.arange(table.shape[1], device=self.device)[:, None]
+        own = Block(table, real, state.own.slice(lo, hi), torch.arange(state.own.limit, device=self.device) <= ahead)
+        owner = torch.tensor(state.owner[lo:hi], device=self.device)[row]       # (N,)
+        group, live = ragged(owner.bincount(minlength=state.prompts.rows), self.device)         # (P, its tokens)
+        shared = Block(owner.argsort(stable=True)[group], live, state.prompts.slice(0, state.prompts.rows), state.shown)
+        layout = Layout([[shared], [own]], self.kv_groups, state.own, row + lo, slot + start[row])
+        return self.forward(ids, positions, layout, items)
+
+    def forward(self, ids, positions, layout, items=(), running=True):
+        """One forward of packed lists of ids -> logits (len(ids), V) after the last of each. Where processes keep in
+        step, any that runs makes all run, and the vision tower too if one has images; None: no process runs."""
         pixels, grid = gather_images(items)
         flat = torch.tensor([i for row in ids for i in row], device=self.device)
         self.tokens_fed, self.images_fed = self.tokens_fed + len(flat), self.images_fed + len(grid)
-        last = torch.tensor(counts).cumsum(0) - 1
-        return self.model.hidden(flat, positions, [block], pixels, grid, cache=state.cache, last=last)
+        last = torch.tensor([len(row) for row in ids]).cumsum(0) - 1
+        anywhere = torch.tensor([running, self.in_step and pixels is not None], dtype=torch.int, device=self.device)
+        if self.in_step:
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        return self.model.hidden(flat, positions, layout, pixels, grid, last, anywhere[1]) if anywhere[0] else None
 
     def sample(self, logits, temperature, top_p, top_k):
         """(B, V) -> tokens (B,) and their log-probs under the temperature (B,). Temperature 0 is greedy."""
@@ -301,15 +348,23 @@ class Policy:
         return actions
 
     @contextmanager
-    def whole(self, unshard=True):
-        """Within it every process holds all parameters and may generate at its own pace; no-op when not sharded."""
-        units = [m for m in self.model.modules() if isinstance(m, FSDPModule)] if self.sharded and unshard else []
+    def whole(self, gather=True):
+        """Within it every process may generate at its own pace; no-op when not sharded. gather: every process holds all
+        parameters. Otherwise they stay sharded, and processes that are done make forwards until all are."""
+        units = [m for m in self.model.modules() if isinstance(m, FSDPModule)] if self.sharded and gather else []
         for unit in units:
             unit.unshard()
             unit.set_reshard_after_forward(False, recurse=False)
+        self.in_step = self.sharded and not gather
         try:
             yield
+            table, real = ragged([1], self.device)
+            one = Layout([[*causal(table, real)]], self.kv_groups)
+            with torch.no_grad():
+                while self.in_step and self.forward([[self.end]], table.expand(3, -1), one, running=False) is not None:
+                    pass
         finally:
+            self.in_step = False
             for unit in units:
                 unit.set_reshard_after_forward(unit is not self.model, recurse=False)
                 unit.reshard()
@@ -326,22 +381,30 @@ class Policy:
         shown = {key: Encoded([], *self.pixels(t.images[:t.prompt_images])) for key, t in first.items()}
         seen = [Encoded([], *self.pixels(t.images[t.prompt_images:])) for t in trajectories]
         grids = [torch.cat([shown[id(t.sample)].grid, own.grid]) for t, own in zip(trajectories, seen)]
-        places = [self.positions(t.tokens, grid) for t, grid in zip(trajectories, grids)]
-        heads = [t.prompt_length - 1 for t in first.values()]
-        tails = [len(t.tokens) - t.prompt_length for t in trajectories]
-        owner = [index[id(t.sample)] for t in trajectories]
-        where = {id(t): place for t, place in zip(trajectories, places)}
-        ids = [x for t, n in zip(first.values(), heads) for x in t.tokens[:n]]
-        ids = torch.tensor(ids + [x for t in trajectories for x in t.tokens[t.prompt_length - 1:-1]])
-        positions = [where[id(t)][:, :n] for t, n in zip(first.values(), heads)]
-        positions = torch.cat(positions + [p[:, t.prompt_length - 1:-1] for t, p in zip(trajectories, places)], 1)
-        blocks = pack_blocks(heads, tails, owner, self.kv_groups, self.device)
-        picked = [m for t in trajectories for m in t.action_mask[t.prompt_length:]]
-        select = sum(heads) + torch.tensor(picked).nonzero()[:, 0]
+        places = {id(t): self.positions(t.tokens, grid) for t, grid in zip(trajectories, grids)}
+        parts = [(t, 0, t.prompt_length - 1) for t in first.values()]
+        parts += [(t, t.prompt_length - 1, len(t.tokens) - 1) for t in trajectories]
+        ids = torch.tensor([x for t, lo, hi in parts for x in t.tokens[lo:hi]], device=self.device)
+        positions = torch.cat([places[id(t)][:, lo:hi] for t, lo, hi in parts], 1)
+        heads, tails = ([hi - lo for _, lo, hi in part] for part in (parts[:len(first)], parts[len(first):]))
+        prompt, prompt_real = ragged(heads, self.device)                        # (P, Tp)
+        reply, real = ragged(tails, self.device, sum(heads))                    # (B, Tr)
+        owner = torch.tensor([index[id(t.sample)] for t in trajectories], device=self.device)
+        blocks = [*causal(prompt, prompt_real), *causal(reply, real, prompt[owner], prompt_real[owner])]
+        picked = torch.tensor([m for t in trajectories for m in t.action_mask[t.prompt_length:]], device=self.device)
+        select, layout = sum(heads) + picked.nonzero()[:, 0], Layout([blocks], self.kv_groups)
         targets = torch.tensor([x for t in trajectories for x, m in zip(t.tokens, t.action_mask) if m])
         images = gather_images([*shown.values(), *seen])
-        return self.model.score(ids.to(self.device), positions.to(self.device), blocks, *images,
-                                select.to(self.device), targets.to(self.device), self.ban, temperature)
+        return self.model.score(ids, positions, layout, *images, select, targets.to(self.device), self.ban, temperature)
+
+
+def chunks(lengths):
+    """Consecutive ranges (lo, hi) of sequences that have at most FEED_TOKENS tokens together."""
+    lo = 0
+    for hi in range(1, len(lengths) + 1):
+        if hi == len(lengths) or sum(lengths[lo:hi + 1]) > FEED_TOKENS:
+            yield lo, hi
+            lo = hi
 
 
 def gather_images(items):
@@ -350,51 +413,43 @@ def gather_images(items):
     return (torch.cat(pixels) if pixels else None), torch.cat([i.grid for i in items]) if items else ()
 
 
-def pack_blocks(heads, tails, owner, kv_groups, device):
-    """Blocks of [prompts | responses]: causal prompts; response i sees all of prompt owner[i], then itself causally."""
-    prompt, prompt_real = ragged(heads, device)                                 # (P, Tp)
-    reply, reply_real = ragged(tails, device, sum(heads))                       # (B, Tr)
-    causal = [torch.ones(n, n, dtype=torch.bool, device=device).tril() for n in (prompt.shape[1], reply.shape[1])]
-    owned = prompt_real[owner][:, None].expand(-1, reply.shape[1], -1)          # (B, Tr, Tp)
-    own = torch.cat([owned, causal[1].expand(len(owner), -1, -1)], 2)           # (B, Tr, Tp + Tr)
-    masks = causal[0].expand(len(prompt), -1, -1), own
-    masks = [mask.repeat(1, kv_groups, 1)[:, None] for mask in masks]
-    keys = torch.cat([prompt[owner], reply], 1)
-    return [Block(prompt, prompt, masks[0], prompt_real), Block(reply, keys, masks[1], reply_real)]
-
-
-def hidden(model, ids, positions, blocks, pixels, grid, cache=None, last=None):
-    """Packed ids (N,) at positions (3, N) -> hidden states (N, hidden), or the logits (len(last), V) at `last`."""
-    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # so that transformers builds no mask
+def hidden(model, ids, positions, layout, pixels, grid, last=None, vision=False):
+    """Packed ids (N,) at positions (3, N) -> hidden states (N, hidden), or the logits (len(last), V) at `last`.
+    vision: run the vision tower also without pixels, because other processes do, and as they do, before the rest."""
+    unused, empty = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device), 0.0    # so that no mask is built
+    images = {}
     if pixels is not None:
-        pixels, grid = pixels.to(ids.device, model.dtype), grid.to(ids.device)
+        images = dict(pixel_values=pixels.to(ids.device, model.dtype), image_grid_thw=grid.to(ids.device))
+    elif vision:
+        config = model.config.vision_config
+        side, size = config.spatial_merge_size, config.temporal_patch_size * config.patch_size ** 2 * 3
+        grid = torch.tensor([[1, side, side]], device=ids.device)
+        seen = model.model.visual(torch.zeros(side * side, size, device=ids.device, dtype=model.dtype), grid_thw=grid)
+        empty = 0.0 * sum(x.sum() for x in (seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())))
     out = model.model(input_ids=ids[None], position_ids=positions.to(ids.device)[:, None], attention_mask=unused,
-                      blocks=blocks, past_key_values=cache, use_cache=cache is not None, pixel_values=pixels,
-                      image_grid_thw=grid if pixels is not None else None)[0][0]
+                      layout=layout, use_cache=False, **images)[0][0] + empty
     return out if last is None else model.lm_head(out[last.to(ids.device)])
 
 
-def score(model, ids, positions, blocks, pixels, grid, select, targets, ban, temperature):
+def score(model, ids, positions, layout, pixels, grid, select, targets, ban, temperature):
     """Log-probs (A,) of targets (A,) at the packed positions select (A,), and entropies (A,) without gradient."""
     def head(x, target):
         logprobs = (model.lm_head(x).float() / temperature + ban).log_softmax(-1)       # (chunk, V)
         with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs.clamp_min(-1e4)).sum(-1)
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(1, target[:, None])[:, 0], entropy
-    x = hidden(model, ids, positions, blocks, pixels, grid)[select]
-    if pixels is None and isinstance(model, FSDPModule):                        # all processes must run the vision tower
-        vision, config = model.model.visual, model.config.vision_config
-        side, size = config.spatial_merge_size, config.temporal_patch_size * config.patch_size ** 2 * 3
-        seen = vision(x.new_zeros(side * side, size), grid_thw=torch.tensor([[1, side, side]], device=x.device))
-        x = x + 0.0 * sum(part.sum() for part in (seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())))
-    chunks = zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
-    parts = [checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks]
+    x = hidden(model, ids, positions, layout, pixels, grid, vision=isinstance(model, FSDPModule))[select]
+    if len(x) * len(ban) <= HEAD_LOGITS:
+        return head(x, targets)                                                 # one chunk: nothing to recompute
+    size = HEAD_LOGITS // len(ban)
+    parts = [checkpoint(head, *chunk, use_reentrant=False) for chunk in zip(x.split(size), targets.split(size))]
     return tuple(torch.cat(column) for column in zip(*parts))
 
 
 # ------------------------------------------------------------------------------------------------ load and save
-def load_policy(name, device=None, dtype=None, max_pixels=2_000_000):
-    """A checkpoint folder or hub name -> Policy in eval mode. dtype: default bfloat16 on a GPU, float32 on a CPU."""
+def load_policy(name, device=None, dtype=None, max_pixels=2_000_000, sharded=False):
+    """A checkpoint folder or hub name -> Policy in eval mode. dtype: default bfloat16 on a GPU, float32 on a CPU.
+    sharded: only process 0 reads the weights, into its main memory; shard_policy must follow and hands them out."""
     if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
         raise DataError(f"{name} is not a checkpoint: it has no config.json")
     if not os.path.isdir(name) and (name.count("/") != 1 or name.startswith((".", "/"))):
@@ -403,8 +458,13 @@ def load_policy(name, device=None, dtype=None, max_pixels=2_000_000):
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     attention = {"text_config": "packed", "vision_config": "flash_attention_2" if flash else "sdpa"}
+    settings = dict(dtype=dtype, attn_implementation=attention)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        if sharded and dist.get_rank() > 0:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name), **settings)
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(name, **settings).to("cpu" if sharded else device)
         tokenizer = AutoTokenizer.from_pretrained(name)
         try:
             processor = AutoImageProcessor.from_pretrained(name, backend="pil")
@@ -414,7 +474,7 @@ def load_policy(name, device=None, dtype=None, max_pixels=2_000_000):
         raise DataError(f"{name} is not a checkpoint that can be loaded: {str(error).splitlines()[0]}") from None
     smallest, largest = processor.size["shortest_edge"], min(processor.size["longest_edge"], max_pixels)
     processor.size = {"shortest_edge": smallest, "longest_edge": largest}
-    return Policy(model.to(device).eval(), tokenizer, processor)
+    return Policy(model.eval(), tokenizer, processor, device)
 
 
 def tiny_policy(folder, texts, seed=0, vocabulary=1024):
@@ -437,8 +497,9 @@ def tiny_policy(folder, texts, seed=0, vocabulary=1024):
         image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
         tie_word_embeddings=False,
         text_config=dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=288, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.08,
-                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+                         initializer_range=0.08, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                         pad_token_id=tokenizer.pad_token_id,
                          rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]}),
         vision_config=dict(hidden_size=64, depth=2, num_heads=4, intermediate_size=128, out_hidden_size=96,
                            fullatt_block_indexes=[0, 1], initializer_range=0.08))
@@ -461,7 +522,7 @@ def save_policy(policy, folder):
 
 def shard_policy(policy, offload=False, checkpoint_activations=False):
     """FSDP2: every decoder layer, every vision block and the rest is a unit; fp32 master weights, bf16 compute on a
-    GPU, fp32 gradient reduction."""
+    GPU, fp32 gradient reduction. Weights and buffers are those of process 0."""
     model, cuda = policy.model, policy.device.type == "cuda"
     layers = [*model.model.language_model.layers, *model.model.visual.blocks]
     if checkpoint_activations:
@@ -470,8 +531,19 @@ def shard_policy(policy, offload=False, checkpoint_activations=False):
     settings = dict(mp_policy=MixedPrecisionPolicy(torch.bfloat16 if cuda else None, torch.float32))
     if offload:
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=cuda)
+    weights, buffers = model.state_dict() if dist.get_rank() == 0 else {}, dict(model.named_buffers())
+    model.to("meta")
     for unit in [*layers, model]:
         fully_shard(unit, **settings)
+    model.to_empty(device="cpu" if offload else policy.device)
+    model.tie_weights()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
+    set_model_state_dict(model, weights, options=options)
+    for name, buffer in model.named_buffers():                                  # such as rotary frequencies
+        buffer.data = buffer.data.to(policy.device)
+        if dist.get_rank() == 0:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, 0)
     for method in ("score", "hidden"):
         register_fsdp_forward_method(model, method)
     policy.sharded = True

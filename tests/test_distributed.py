@@ -66,6 +66,37 @@ def test_two_processes_give_the_update_of_one(empty, tiny, rows, tmp_path):
             assert second[key] == pytest.approx(first[key], rel=1e-4)
 
 
+def sharded_rollout(folder):
+    """Only process 0 reads the weights; both then answer as the unsharded policy does, one much longer than the other."""
+    import torch.distributed as dist
+    from PIL import Image
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from data import Sample
+    from model import load_policy, shard_policy
+    from rollout import rollout
+    train.join()
+    rank, alone = dist.get_rank(), load_policy(folder, dtype=torch.float32)
+    sample = Sample("0", "What?", "red", images=(Image.linear_gradient("L").convert("RGB"),)) if rank == 0 else \
+        Sample("1", "no image", "red", prompt=[{"role": "user", "content": "say"}])
+
+    def answers(policy):
+        return [t.tokens for t in rollout(policy, [sample], 2, max_new_tokens=(20, 5)[rank], temperature=0)[0]]
+    policy = load_policy(folder, dtype=torch.float32, sharded=True)
+    assert all(weight.is_meta for weight in policy.model.parameters()) == (rank > 0)
+    shard_policy(policy)
+    state = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    assert rank > 0 or all(torch.equal(state[name], weight) for name, weight in alone.model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(alone.model.buffers(), policy.model.buffers()))
+    for gather in (True, False):
+        with policy.whole(gather):
+            assert answers(policy) == answers(alone)
+
+
+def test_weights_are_read_once_and_generation_may_stay_sharded(tiny, tmp_path):
+    """Sharded generation ends although the processes make unequally many forwards, with and without images."""
+    finish(together(2, tmp_path / "text", tiny, target=sharded_rollout))
+
+
 def test_a_run_changes_its_number_of_processes_and_changes_back(tiny, rows, tmp_path):
     """Two processes, then one, then two; what was there stays, and killed and resumed is uninterrupted here too."""
     out, more = tmp_path / "run", ("--save_every", 1, "--stage", "sft")
