@@ -354,7 +354,7 @@ def mean(values):
 def measure(run, groups, kept, clock):
     """The step's row of metrics.jsonl: means over everything sampled, what was trained on, seconds."""
     sampled, trained, seconds = flat(groups), flat(kept), clock[1] - clock[0]
-    codes, looked = [[turn.code for turn in t.turns if turn.code is not None] for t in sampled], [*map(looks, sampled)]
+    calls, looked = [t.turns[:t.n_tool_calls] for t in sampled], [*map(looks, sampled)]      # what ran
     return dict(
         step=run.step, reward=mean(t.reward for t in sampled), accuracy=mean(bool(t.correct) for t in sampled),
         tool_calls=mean(t.n_tool_calls for t in sampled), turns=mean(len(t.turns) for t in sampled),
@@ -363,8 +363,8 @@ def measure(run, groups, kept, clock):
         seconds_covered=mean(where["seconds_covered"] for where in looked),
         reward_std=mean(statistics.pstdev(t.reward for t in group) for group in groups),
         correct_negative_advantage=mean(t.advantage < 0 for t in trained if t.correct),
-        repeated_calls=mean(len(code) - len(set(code)) for code in codes),
-        empty_calls=mean(sum(bool(u.code) and not u.output and not u.images for u in t.turns) for t in sampled),
+        repeated_calls=mean(len(ran) - len({turn.code for turn in ran}) for ran in calls),
+        empty_calls=mean(sum(not turn.output and not turn.images for turn in ran) for ran in calls),
         format_errors=mean(t.end_reason is EndReason.ERROR_IN_ACTION for t in sampled),
         turn_limit=mean(t.end_reason is EndReason.EXCEED_MAX_TURNS for t in sampled), trajectories_trained=len(trained),
         seconds_rollout=seconds, seconds_tool=run.limits["stats"].get("seconds_tool", 0.0),

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 DOCS = ROOT / "docs"
-COLD_START = dict(seed=100, difficulty='{"aim": 0.60, "looks": [0.35, 0.05, 0.10, 0.20, 0.30]}')
+COLD_START = '{"aim": 0.60, "looks": [0.35, 0.05, 0.10, 0.20, 0.30]}'   # --difficulty of its demonstrations
 SETTING = {**train.LAPTOP, "difficulty": '{"hint": 0.78}', "steps": 40, "batch_size": 6, "eval_every": 40,
            "save_every": 0}
 BASE = "as in the paper"
@@ -59,7 +59,7 @@ def flags(**settings):
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def run(seeds, arms, out, jobs):
+def run(seeds, arms, out, jobs, cold_start=100):
     """The runs that are not there yet, `jobs` at a time; first of all the cold start."""
     def call(words, log):
         with open(log, "w") as file:
@@ -75,11 +75,11 @@ def run(seeds, arms, out, jobs):
         print(f"seed {seed}, {arm}:", *(f"{m} {f(rows_of(folder)):.2f}," for m, f in MEASURES.items()), flush=True)
 
     out.mkdir(parents=True, exist_ok=True)
-    made = f"cold_start_*_seed{COLD_START['seed']}"
+    made = f"cold_start_*_seed{cold_start}"
     if not list(out.glob(made)):
         print("cold start", flush=True)
         code = "import train; train.cold_start(train.configure())"
-        call(["-c", code, *flags(out=out / "start", **COLD_START)], out / "cold_start.log")
+        call(["-c", code, *flags(out=out / "start", seed=cold_start, difficulty=COLD_START)], out / "cold_start.log")
     start = next(out.glob(made))
     with ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(one, seed, arm) for seed in seeds for arm in arms]:
@@ -145,7 +145,7 @@ def figure(study, path):
     _, axes = plt.subplots(2, len(arms), figsize=(3.4 * len(arms), 6), squeeze=False, layout="constrained")
     for column, arm in zip(axes.T, arms):
         below = "correct_negative_advantage" if arm == "random groups" else "tool_calls"
-        for axis, name, top in zip(column, ("accuracy", below), (1, 4 if below == "tool_calls" else None)):
+        for axis, name, top in zip(column, ("accuracy", below), (1, 4 if below == "tool_calls" else 0.5)):
             for label, colour in ((BASE, "tab:blue"), (arm, "tab:orange")):
                 smooth = [[mean(rows[max(0, i - 2):i + 1], name) for i in range(len(rows))]
                           for rows in runs[label].values()]         # of three steps
@@ -177,10 +177,11 @@ def main():
     parser.add_argument("--draw", action="store_true", help="no runs: tables and figure of what is finished in --out")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablations")
+    parser.add_argument("--cold_start", type=int, default=100, help="its seed")
     args = parser.parse_args()
     seeds, arms = (range(2), list(ARMS)[:2]) if args.quick else (range(args.seeds), list(ARMS))
     if not args.draw:
-        run(seeds, arms, args.out, args.jobs)
+        run(seeds, arms, args.out, args.jobs, args.cold_start)
     study = dict(cold_start=COLD_START, setting=SETTING, runs=gather(args.out, seeds, arms))
     print(tables(study))
     if not args.quick:

@@ -10,6 +10,8 @@ import pytest
 import ablations
 import lesson
 import train
+from data import Sample
+from rollout import Trajectory, Turn
 
 
 def row(step, arm, seed):
@@ -78,6 +80,15 @@ def test_the_lesson_is_true():
     assert numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.002)
     by_hand, reported = (re.search(words + r" (-?[\d.]+)", now)[1] for words in (r"/ \d+ =", "reports loss"))
     assert by_hand == reported
+
+
+def test_calls_that_only_earn_the_reward_are_counted():
+    """The same crop twice, a call without output; code in the last turn never ran and is no call."""
+    look, still, last = Turn("", "look", images=["crop"]), Turn("", "still"), Turn("", "still")
+    ran = {3: [look, look, still, last], 1: [look, Turn()]}
+    group = [Trajectory(Sample("0", "?", "a"), turns=turns, n_tool_calls=calls) for calls, turns in ran.items()]
+    row = train.measure(SimpleNamespace(step=1, limits={"stats": {}}), [group], [], (0.0, 1.0, 2.0))
+    assert (row["tool_calls"], row["repeated_calls"], row["empty_calls"]) == (2.0, 0.5, 0.5)
 
 
 def test_log_probs_that_disagree_are_warned_of(tmp_path):
