@@ -233,11 +233,11 @@ def encode(tokenizer, messages, after_action):
     """
     empty, mark = [{"type": "text", "text": ""}], "\ue000"  # the template is filled with marks, cut there, then encoded
     before = [{"role": role, "content": empty} for role in ("user", "assistant")] if after_action else []
-    texts = [part["text"] for m in before + messages for part in m["content"] if "text" in part]
-    marked = [{"role": m["role"], "content": [dict(part, text=mark) if "text" in part else part for part in m["content"]]}
-              for m in before + messages]
+    chat, skip, ids = before + messages, len(before), []
+    texts = [part["text"] for m in chat for part in m["content"] if "text" in part]
+    marked = [{**m, "content": [part | {"text": mark} if "text" in part else part for part in m["content"]]}
+              for m in chat]
     pieces = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True).split(mark)
-    ids, skip = [], len(before)
     for text, piece in zip(["", *texts][skip:], pieces[skip:], strict=True):
         ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         ids += tokenizer(piece, add_special_tokens=False).input_ids

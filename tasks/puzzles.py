@@ -272,7 +272,7 @@ def _video_sample(name, scene, d, folder=None):
         aside = path.with_suffix(f".{os.getpid()}.part")
         _film(scene, d, aside)
         aside.replace(path)
-        with suppress(FileNotFoundError):  # another process tidies up, too; after every 256th clip, for it takes a while
+        with suppress(FileNotFoundError):  # another process tidies up, too; after every 256th clip, it takes a while
             for old in sorted(folder.iterdir(), key=os.path.getmtime)[:-KEPT] if path.name.startswith("00") else ():
                 if path.stat().st_mtime - old.stat().st_mtime > UNUSED:
                     old.unlink()
@@ -341,7 +341,7 @@ def _turns(rng, task, scene, d):
 def puzzles(task, n, seed, split="train", folder=None, **difficulty):
     """n puzzles of `task` ("image", "video" or "image,video", alternating) -> list of Samples; a longer call begins
     with the same ones. split: "train" or "heldout", never the same scene. Videos are mp4 files in `folder` (none: a
-    cache in the temporary folder). difficulty: fields of Difficulty. Raises ValueError or TypeError for unknown names."""
+    cache in the temporary folder). difficulty: fields of Difficulty. Unknown names raise ValueError or TypeError."""
     d = Difficulty(**difficulty)
     return [SAMPLE[task](name, scene, d, folder)
             for task, name, _, scene in _scenes(task, n, seed, split, "puzzle", d)]

@@ -245,7 +245,7 @@ def test_containers_and_shapes(tmp_path, name, size, frames, codec):
 
 
 def test_a_telephone_s_portrait_video_stands_upright(tmp_path):
-    data = bytearray(video(tmp_path / "a.mp4").read_bytes())  # stored lying, with the matrix that turns it by 90 degrees
+    data = bytearray(video(tmp_path / "a.mp4").read_bytes())  # stored lying, with a matrix that turns it by 90 degrees
     at = data.find(b"tkhd") + 44
     data[at:at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
     (tmp_path / "a.mp4").write_bytes(data)

@@ -279,8 +279,8 @@ def test_clips_are_written_once_and_found_again(folder):
 # ------------------------------------------------------------------------------------------------ trained on
 def train_on(folder, *flags):
     """Rows of metrics.jsonl of a short run of train.py, in this process."""
-    small = "--steps 2 --batch_size 2 --group_size 2 --max_new_tokens 6 --max_context 1500 --keep_zero_variance --save_every 0"
-    config = train.configure(["--out", str(folder / "out"), *small.split(), *map(str, flags)])
+    small = "--steps 2 --batch_size 2 --group_size 2 --max_new_tokens 6 --max_context 1500 --save_every 0"
+    config = train.configure(["--out", str(folder / "out"), "--keep_zero_variance", *small.split(), *map(str, flags)])
     train.train(train.begin(config), config)
     return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
 
@@ -295,11 +295,12 @@ def tiny(tmp_path_factory):
 
 def test_one_run_trains_on_images_and_videos(tiny, folder, tmp_path):
     """Rows of both kinds, with batches in which no prompt shows an image; what the code decodes is counted."""
-    picture, clip = puzzles("image", 1, 0)[0], puzzles("video", 1, 0, folder=folder, clips=("flash",), seconds=(20, 21))[0]
+    (picture,), (clip,) = puzzles("image", 1, 0), puzzles("video", 1, 0, folder=folder, clips=("flash",))
     picture.images[0].save(tmp_path / "picture.png")
     look = CODE.format("Image.fromarray(video_clue_0.get_batch([0, 1, 40]).asnumpy()[0]).show()")
-    rows = [dict(question=picture.question, answer=picture.answer, image_path="picture.png", turns=[ANSWER.format("red")]),
-            dict(question=clip.question, answer=clip.answer, video_path=clip.videos[0], turns=[look, ANSWER.format("red")])]
+    red = ANSWER.format("red")
+    rows = [dict(question=picture.question, answer=picture.answer, image_path="picture.png", turns=[red]),
+            dict(question=clip.question, answer=clip.answer, video_path=clip.videos[0], turns=[look, red])]
     (tmp_path / "both.json").write_text(json.dumps(rows))
     (tmp_path / "video.json").write_text(json.dumps(rows[1:]))
     for name, visual, seconds in (("both", 4, 1), ("video", 4, 2)):
