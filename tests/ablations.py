@@ -51,7 +51,7 @@ EXPECTED = [                                                        # arm, measu
     ("advantage / std", "fluctuation", +1, "dividing by the std makes accuracy fluctuate more"),
     ("two calls", "held out, sampled", -1, "a larger turn budget ends higher"),
 ]
-BY_HAND = "\n## How the setting was chosen"                         # the part of docs/ablations.md that is kept
+BY_HAND = "\n## What this says"                                   # from here on docs/ablations.md is kept
 
 
 # ------------------------------------------------------------------------------------------------ the runs

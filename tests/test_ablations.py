@@ -69,6 +69,12 @@ def test_intervals():
     assert mean == 2 and half == pytest.approx(4.303 / 3 ** 0.5, rel=1e-3)          # t(2) * s / sqrt(n), s = 1
 
 
+def test_the_documents_show_what_was_measured():
+    study = json.loads((ablations.DOCS / "ablations.json").read_text())
+    assert ablations.tables(study) in (ablations.DOCS / "ablations.md").read_text(), "python tests/ablations.py --draw"
+    assert study["setting"] == ablations.SETTING and list(study["runs"]) == list(ablations.ARMS)
+
+
 NUMBER = re.compile(r"[+-]?\d+\.\d+(?:e-?\d+)?")
 
 
