@@ -87,11 +87,9 @@ def evaluate(policy, samples, k=1, *, batch_size=64, seed=0, tool_reward=0.1, ju
         except SandboxError:
             raise                                       # this machine cannot run code, for no sample
         except Exception as error:
-            if len(batch) > 1:
-                done += [t for one in batch for t in evaluate(policy, [one], k, seed=seed, **limits)]
-            else:
-                why = f"{type(error).__name__}: {error}"
-                done += [Trajectory(batch[0], end_reason=EndReason.ERROR_IN_ACTION, error=why) for _ in range(k)]
+            failed = dict(end_reason=EndReason.ERROR_IN_ACTION, error=f"{type(error).__name__}: {error}")
+            done += [Trajectory(batch[0], **failed) for _ in range(k)] if len(batch) == 1 else [
+                t for one in batch for t in evaluate(policy, [one], k, seed=seed, **limits)]
     policy.generator.set_state(state)
     score(done, tool_reward, judge, judge_only)
     return done
@@ -102,7 +100,8 @@ def collect(config, samples, folder):
     A batch's seed comes from its place, so that a resumed run draws what an uninterrupted one does."""
     rank, world, k = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), config.k
     limits = {name: getattr(config, name) for name in inspect.signature(rollout).parameters if hasattr(config, name)}
-    limits |= dict(tools=not config.no_tools, templates=config.prompt_template and load_templates(config.prompt_template))
+    templates = config.prompt_template and load_templates(config.prompt_template)
+    limits |= dict(tools=not config.no_tools, templates=templates)
     if config.ask:
         (folder / "rollouts.jsonl").unlink(missing_ok=True)
         limits["on_turn"] = lambda t: print(f"--- turn {len(t.turns)}\n{t.turns[-1].text}\n{t.turns[-1].output}",
@@ -202,8 +201,8 @@ def summarize(config, samples, lines, judge):
              "pass@k": bootstrap(PLAIN.summary, samples, scores.max(0, keepdims=True))["score"], **found["scores"]}
     means = ("tool_calls", "visual_tokens", "response_tokens", "frames_looked_at", "seconds_covered")
     errors = [line["error"] for line in lines if line["error"]]
-    return {"score": np.nan_to_num(found["score"][0]), "interval": interval(found["score"]), "n": len(samples), "k": config.k,
-            **{name: draws[name][0] for name in ("avg@k", "pass@k")},
+    return {"score": np.nan_to_num(found["score"][0]), "interval": interval(found["score"]),
+            "n": len(samples), "k": config.k, **{name: draws[name][0] for name in ("avg@k", "pass@k")},
             **{name: np.mean([line[name] for line in lines]) for name in means},
             "end_reasons": dict(Counter(line["end_reason"] for line in lines)), "undecided": graded["undecided"],
             "errors": len(errors), "first_error": next(iter(errors), ""),
@@ -267,9 +266,9 @@ def read_samples(config):
         return read_benchmark(config.benchmark, config.data, media=not config.predictions)
     if not config.ask:
         return load(config.data) if config.data else []
-    question, file = config.ask if len(config.ask) == 2 else ("", "")
-    if not Path(file).is_file():
-        raise DataError(f"--ask takes a question and an image or video file; {file!r} is no file")
+    if len(config.ask) != 2 or not Path(config.ask[1]).is_file():
+        raise DataError(f"--ask takes a question and an image or video file, not {' '.join(config.ask)}")
+    question, file = config.ask
     try:
         return [Sample("ask", question, "", images=(open_image(file),))]
     except DataError:
@@ -300,13 +299,13 @@ def settle(config):
     elif not {*config.task.split(",")} <= {"image", "video"}:
         raise DataError(f"--task {config.task}: choose from image, video and image,video")
     config.model = config.model or ("" if config.predictions else newest(config))
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    k, heat, top_k = (bench.k, bench.temperature, bench.top_k) if samples else (1, 1.0, 0)
     training = read_json(Path(config.model).parent / "config.json")
-    heat, top_k = (bench.temperature, bench.top_k) if samples else (1.0, 0)
-    unset = dict(k=bench.k, temperature=heat, top_k=top_k, max_new_tokens=training.get("max_new_tokens", 10_240),
+    usual = dict(k=k, temperature=heat, top_k=top_k, max_new_tokens=training.get("max_new_tokens", 10_240),
                  difficulty=training.get("difficulty", ""))
+    vars(config).update({**usual, **given})
     config.k = 1 if config.predictions else config.k
-    for name, value in unset.items():
-        setattr(config, name, value if getattr(config, name) is None else getattr(config, name))
     for name, least in dict(n=1, k=1, batch_size=1, max_turns=1, max_new_tokens=1, temperature=0).items():
         if getattr(config, name) < least:
             raise DataError(f"--{name} must be at least {least}")
@@ -314,20 +313,23 @@ def settle(config):
         hard = json.loads(config.difficulty or "{}")
         samples = samples or puzzles(config.task, config.n, config.seed, "heldout", **hard)
     except (ValueError, TypeError) as error:
-        raise DataError(f"--difficulty {config.difficulty}: expected a JSON object as train.py does ({error})") from error
+        raise DataError(f"--difficulty {config.difficulty}: expected an object as for train.py ({error})") from error
     free = ("out", "batch_size", "judge", "judge_model", "judge_only", "judge_key_file")     # may change on resuming
     state = {name: value for name, value in asdict(config).items() if name not in free}
     state["model_time"] = os.path.getmtime(config.model) if os.path.isdir(config.model) else 0
     state, what = json.dumps(state, indent=1), config.benchmark or Path(config.data).stem or config.task
-    file = Path(config.out or f"runs/eval-{what}-{hashlib.sha256(state.encode()).hexdigest()[:8]}") / "config.json"
+    folder = Path(config.out or f"runs/eval-{what}-{hashlib.sha256(state.encode()).hexdigest()[:8]}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "config.json"
         if file.exists() and file.read_text("utf-8") != state:
             raise DataError(f"{file} is of a run with other settings: give another --out, or delete that folder")
-        file.write_text(state, encoding="utf-8")
+        own = folder / f"config.{os.getpid()}"          # whole at any time, for torchrun's processes all come here
+        own.write_text(state, encoding="utf-8")
+        own.replace(file)
     except OSError as error:
-        raise DataError(f"--out {file.parent} cannot be written: {error.strerror}") from error
-    return samples, file.parent
+        raise DataError(f"--out {folder} cannot be written: {error.strerror}") from error
+    return samples, folder
 
 
 def run(config):
@@ -335,7 +337,8 @@ def run(config):
     if config.compare:
         return print(compare(config.compare))
     samples, folder = settle(config)
-    judge = config.judge and Judge(config.judge, config.judge_model, folder / "judge.jsonl", api_key=config.judge_key_file)
+    cache, key = folder / "judge.jsonl", config.judge_key_file
+    judge = config.judge and Judge(config.judge, config.judge_model, cache, api_key=key)
     if config.predictions:
         lines = [record(Trajectory(replace(sample, videos=()), answer=answer, end_reason=EndReason.DONE), i)
                  for i, (sample, answer) in enumerate(zip(samples, read_predictions(config.predictions, samples)))]

@@ -5,13 +5,7 @@ is asked. No library for symbolic maths: a policy that makes sympy compute 9^9^9
 the policy writes, so the answer stands between tags it cannot know, cut to a length and free of chat markup, and a
 verdict is a lone 1 or 0. A judge that fails is counted and the rule's verdict stands; one that is down costs a timeout.
 """
-import functools
-import hashlib
-import json
-import math
-import os
-import re
-import time
+import functools, hashlib, json, math, os, re, time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 

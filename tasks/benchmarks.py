@@ -9,12 +9,7 @@ On unambiguous predictions it is the number of the published script (for V*, HRB
 that has a quirk we do the sensible thing, and a comment says "Quirk" and what the script does. Files can be gigabytes:
 they are read row by row, and an item of `Row.images` is a path or a function that opens the picture where it lies.
 """
-import base64
-import csv
-import io
-import json
-import math
-import re
+import base64, csv, io, json, math, re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,7 +71,7 @@ class Benchmark:
             [record[key] for key in self.images], [record.get("video")]))
         row = Row(name, question + record.get("form", ""), answer, images, videos, record.get("data_source", ""),
                   meta=record | {"options": options}, unit=self.unit.format(**{"id": name, **record}))
-        self.summary([row], np.zeros(1), np.ones((1, 1)))  # a field that it needs and does not find is an error now, not after the run
+        self.summary([row], np.zeros(1), np.ones((1, 1)))  # a field that it misses is an error now, not after the run
         return row
 
     def matches(self, prediction, row):
@@ -92,7 +87,8 @@ class Benchmark:
         ranges = {name: "  [{:.1f}, {:.1f}]".format(*limits) for name, limits in ranges.items()}
         lines, width = [*zip(self.methods, self.paper), *found.items()], max(map(len, (*self.methods, *found)))
         return "\n".join([f"{self.title}, {result['n']:,} of {self.size or result['n']:,} rows"] + [
-            f"{name:{width}}  {x if isinstance(x, str) else format(x, '.1f'):>5}{ranges.get(name, '')}" for name, x in lines])
+            f"{name:{width}}  {score if isinstance(score, str) else format(score, '.1f'):>5}{ranges.get(name, '')}"
+            for name, score in lines])
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -298,9 +294,8 @@ def _mathvision_rule(text, row):
         a, b = (re.sub(drop, "", re.split(r"=|\\approx", x.lower())[-1]).strip(":").rstrip(".") for x in (text, target))
         tuples = [x[1:-1].split(",") if re.fullmatch(r"[(\[].*,.*[)\]]", x) else [x] for x in (a, b)]
         # Quirk: to the script the orders 5-2-3-1-4 and 5-4-3-2-1 are both -5, and so equal; to `value` they are none
-        numbers = [[value(part) for part in parts] for parts in tuples]
-        known = None not in sum(numbers, [])
-        verdicts.append(a == b or (np.round(numbers[0], 2).tolist() == np.round(numbers[1], 2).tolist() if known else None))
+        numbers = [[None if (x := value(part)) is None else round(x, 2) for part in parts] for parts in tuples]
+        verdicts.append(a == b or (numbers[0] == numbers[1] if None not in sum(numbers, []) else None))
     return True in verdicts or (False if False in verdicts or letter and row.meta["options"] else None)
 
 
@@ -321,7 +316,7 @@ def _wemath_summary(rows, scores, weights):
     ik, ig, result = share(~multi & ~every), share(~multi & every), {}
     for name, mastered in (("strict", every), ("loose", some)):
         cm, rm = share(multi & mastered), share(multi & ~mastered)
-        result |= {name: cm + ig / 2, f"CM {name}": cm, f"RM {name}": _weighted(np.array([0, 1]), np.stack([cm, rm], 1))}
+        result |= {name: cm + ig / 2, f"CM {name}": cm, f"RM {name}": _weighted(np.arange(2), np.stack([cm, rm], 1))}
     result |= {"IK": ik, "IG": ig} | {x: _weighted(scores[steps[x]], weights[:, steps[x]]) for x in sorted(steps)}
     return {"score": result["strict"], "scores": result}
 

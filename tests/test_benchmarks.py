@@ -435,6 +435,17 @@ def test_judge_only_and_no_judge(tmp_path):
     assert score("vstar", rows, list("BCAAB"), judge=lambda items: pytest.fail("asked without need"))["score"] == 100
 
 
+def test_the_judge_is_not_asked_for_what_is_right_in_part(tmp_path):
+    asked = []
+    judge = lambda items: asked.extend(items) or [True] * len(items)
+    vsi(tmp_path / "vsi")
+    numeric = score("vsi-bench", read_benchmark("vsi-bench", tmp_path / "vsi"), [x for _, _, x, _ in VSI], judge, True)
+    assert numeric["correct"][:4] == [.6, 1, .6, 0] and numeric["correct"][4:] == [1] * 6 and len(asked) == 6
+    tir(tmp_path / "tir")
+    places = score("tir-bench", read_benchmark("tir-bench", tmp_path / "tir"), [x for *_, x, _ in TIR], judge, True)
+    assert places["correct"] == [1, 1, 0.5, 0.5, 1, 1]
+
+
 def test_predictions(tmp_path):
     vstar(tmp_path)
     rows, file = read_benchmark("vstar", tmp_path), tmp_path / "predictions.jsonl"
@@ -500,7 +511,8 @@ def test_tables_and_protocol(tmp_path):
     lines = BENCHMARKS["vstar"].table(result).split("\n")
     assert lines[0].startswith("V*") and "191 of 191" in lines[0]
     assert [line.split()[-1] for line in lines[1:]] == ["78.5", "88.7", "88.0", "90.0", "85.0"]
-    lines = BENCHMARKS["vstar"].table(result | {"interval": [80.0, 93.5], "intervals": {}, "visual_tokens": 0}).split("\n")
+    more = {"interval": [80.0, 93.5], "intervals": {}, "visual_tokens": 0}
+    lines = BENCHMARKS["vstar"].table(result | more).split("\n")
     assert lines[3].split() == ["this", "run", "88.0", "[80.0,", "93.5]"]
     video = BENCHMARKS["vsi-bench"].table(result | {"visual_tokens": 5120.0})
     assert "~45K" in video and "5120 visual" in video and "44.0" in video

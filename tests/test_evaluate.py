@@ -153,7 +153,7 @@ def test_intervals_are_those_of_the_mean():
             "ID": str(unit), "key": "2steps_" + ("1", "2", "multi")[form % 3]})])
 def test_rows_that_are_one_question_are_drawn_together(name, meta):
     forms = 3
-    rows = [Row(f"{unit}-{v}", "?", "a", meta=meta(unit, v), unit=str(unit)) for unit in range(40) for v in range(forms)]
+    rows = [Row(f"{i}-{v}", "?", "a", meta=meta(i, v), unit=str(i)) for i in range(40) for v in range(forms)]
     found = bootstrap(BENCHMARKS[name].summary, rows, [[float(i // forms < 20) for i in range(len(rows))]])
     low, high = interval(found["score"])
     assert found["score"][0] == 50 and 25 < high - low < 36     # of 40 questions; of 120 rows it would be 18
@@ -406,7 +406,8 @@ def test_a_video_line_says_where_it_was_looked_at(model, tmp_path):
     t.turns[1].frames += [(0, -1), (0, 10**9), (7, 0)]          # no frames: what runs in a sandbox can say anything
     line = record(t)
     (strip,) = line["videos"]
-    assert (strip["looked"], strip["seconds"]) == ([0, 0.4, 4, 10], 12) and [x for x, _ in strip["shown"]] == strip["looked"]
+    assert (strip["looked"], strip["seconds"]) == ([0, 0.4, 4, 10], 12)
+    assert [second for second, _ in strip["shown"]] == strip["looked"]
     assert len({uri for _, uri in strip["shown"]}) == 4 and max(map(len, line["images"]), default=0) == 0
     assert (line["frames_looked_at"], line["seconds_covered"]) == (4, 3)
     run("--model", model, "--data", MEDIA / "real_video_val_dataset.json", "--frames", 6, "--out", tmp_path,
@@ -415,16 +416,18 @@ def test_a_video_line_says_where_it_was_looked_at(model, tmp_path):
     assert found["frames_looked_at"] == 6 and found["tool_calls"] == 0 and found["visual_tokens"] >= 6
     (strip,) = first["videos"]
     assert strip["looked"] == [1, 3, 5, 7, 9, 11] and len(strip["shown"]) == 6 and first["visual_tokens"] >= 6
-    many = record(Trajectory(sample, turns=[Turn(frames=[(0, k) for k in range(300)])]))            # it looked everywhere
-    assert len(many["videos"][0]["looked"]) == 300 and len(many["videos"][0]["shown"]) == 12 and many["seconds_covered"] == 12
+    many = record(Trajectory(sample, turns=[Turn(frames=[(0, k) for k in range(300)])]))    # it looked everywhere
+    (strip,) = many["videos"]
+    assert len(strip["looked"]) == 300 and len(strip["shown"]) == 12 and many["seconds_covered"] == 12
 
 
 # ------------------------------------------------------------------------------------------------ the report
 def hostile(i):
     """Every text that a policy or a data file can write holds markup."""
     turn = Turn(f"turn {HOSTILE}", f"code {HOSTILE}", f"output {HOSTILE}", None, [picture(i, (40, 30))])
-    t = Trajectory(Sample(f"{i} {HOSTILE}", f"question {i} {HOSTILE}", f"reference {HOSTILE}", (0,), data_source=HOSTILE),
-                   images=[picture(i)], prompt_images=1, turns=[turn] * (i % 3) + [Turn(ANSWER + f" needle{i}.")])
+    sample = Sample(f"{i} {HOSTILE}", f"question {i} {HOSTILE}", f"reference {HOSTILE}", (0,), data_source=HOSTILE)
+    turns = [turn] * (i % 3) + [Turn(ANSWER + f" needle{i}.")]
+    t = Trajectory(sample, images=[picture(i)], prompt_images=1, turns=turns)
     t.answer, t.correct, t.n_tool_calls, t.error = f"answer {HOSTILE}", i % 4 == 0, i % 3, HOSTILE
     t.reward, t.end_reason = t.correct * (1 + 0.1 * t.n_tool_calls), list(EndReason)[1 + i % 2]
     return t
@@ -473,7 +476,8 @@ def test_the_page_lets_no_other_script_run(report, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 @pytest.mark.parametrize("anchor, count", [
-    ("result=right&calls=0", 2), ("end=OVER_LENGTH&calls=2", 4), ("text=NEEDLE1", 11), ("result=wrong&text=needle23.", 1)])
+    ("result=right&calls=0", 2), ("end=OVER_LENGTH&calls=2", 4), ("text=NEEDLE1", 11),
+    ("result=wrong&text=needle23.", 1)])
 def test_filters(report, anchor, count):
     assert page(report, anchor)[1] == count
 
