@@ -19,9 +19,10 @@ Not covered:
   - unsafe=True where a layer is missing (not Linux, an old kernel): it contains mistakes, not attacks.
 """
 import ctypes, gc, io, json, linecache, os, pickle, platform, random, re, resource, select, signal, socket, struct
-import subprocess, sys, tempfile, threading, time, traceback, types, warnings, weakref
+import stat, subprocess, sys, tempfile, threading, time, traceback, types, warnings, weakref
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from itertools import islice
 
 from PIL import Image
 
@@ -251,16 +252,15 @@ def _serve(control, trainer, packages, *reads):
 
 def _watch(pid, scratch):
     """Where namespaces are refused, no kernel limit bounds a child's threads and scratch directory: kill instead."""
-    size, count, folders, maps = 0, 0, [scratch], ""
+    paths, size, maps = [scratch], 0, ""
     try:
         with open(f"/proc/{pid}/stat") as file:
             state = file.read().rpartition(")")[2].split()
-        while folders and count <= FILES:
-            with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
-                for count, entry in enumerate(entries, count + 1):
-                    if entry.is_dir(follow_symlinks=False): folders.append(entry.path)
-                    with suppress(FileNotFoundError):
-                        size += entry.stat(follow_symlinks=False).st_size
+        for path in islice(paths, FILES + 1):                   # they grow on the way
+            with suppress(FileNotFoundError):
+                size += (info := os.lstat(path)).st_size
+                if stat.S_ISDIR(info.st_mode):
+                    paths += [f"{path}/{name}" for name in os.listdir(path)]
         for fd in os.listdir(f"/proc/{pid}/fd"):                # deleted files take room while they are open or mapped
             with suppress(FileNotFoundError):
                 info = os.stat(f"/proc/{pid}/fd/{fd}")
@@ -268,7 +268,7 @@ def _watch(pid, scratch):
         if state[0] != "T" and time.monotonic() % 1 < 0.1:      # takes a millisecond
             with open(f"/proc/{pid}/maps") as file: maps = file.read()
         hidden = re.search(re.escape(scratch) + r"/.* \(deleted\)$", maps, re.MULTILINE)
-        over = int(state[17]) > THREADS or size > SCRATCH or count > FILES or hidden
+        over = int(state[17]) > THREADS or size > SCRATCH or len(paths) > FILES + 1 or hidden
     except (FileNotFoundError, ProcessLookupError):
         return                                                  # the process ended
     except OSError:
@@ -351,14 +351,14 @@ def _child(channel, reads, root, spaces):
     if sys.platform == "linux": _give_up(scratch, spaces)
     os.chdir(scratch)
     os.environ.update(HOME=scratch, TMPDIR=scratch)
-    channel, requests, replies = socket.socket(fileno=3), open(3, "rb", closefd=False), open(3, "wb", closefd=False)
-    videos = socket.recv_fds(channel, 1, 250)[1]
-    call, images, limit = pickle.load(requests)
     import numpy
     numpy.random.seed()
     sys.argv, sys.modules["__main__"], tempfile.tempdir = [""], types.ModuleType("__main__"), None
     space = vars(sys.modules["__main__"])
-    console = _Console(space, limit)
+    console = _Console(space)
+    channel, requests, replies = socket.socket(fileno=3), open(3, "rb", closefd=False), open(3, "wb", closefd=False)
+    videos = socket.recv_fds(channel, 1, 250)[1]                # from here on somebody waits
+    call, images, console.limit = pickle.load(requests)
     space.update({f"image_clue_{k}": image for k, image in enumerate(images)}, plt=console.plt, np=numpy, Image=Image)
     space.update({f"video_clue_{k}": _video(k, fd, console) for k, fd in enumerate(videos)})
     for layer in (_landlock, _seccomp):
@@ -375,7 +375,7 @@ def _child(channel, reads, root, spaces):
         console.begin(clue)
         error = _execute(code, space, seconds)
         io.StringIO.write(console, error or "")
-        reply = console.text(), error and error[-limit:], console.frames[:MAX_FRAMES], console.sizes
+        reply = console.text(), error and error[-console.limit:], console.frames[:MAX_FRAMES], console.sizes
 
 def _execute(code, space, seconds):
     """Run in one dict as globals, so that functions and comprehensions see each other. Its traceback, or None."""
@@ -424,10 +424,10 @@ def _video(number, fd, console):
 
 class _Console(io.StringIO):
     """Standard output and error of the code, and where its figures go, until a reply takes them."""
-    def __init__(self, space, limit):
+    def __init__(self, space):
         from matplotlib import pyplot
         super().__init__()
-        self.space, self.limit, self.plt, self.pixels = space, limit, pyplot, []
+        self.space, self.plt, self.pixels = space, pyplot, []
         Image.Image.show = lambda image, *_, **__: self.show(image)
         pyplot.Figure.show = lambda figure, *_, **__: self.draw(figure)
         pyplot.show = lambda *_, **__: [self.draw(pyplot.figure(number)) for number in pyplot.get_fignums()][:0] or None

@@ -355,15 +355,15 @@ class Refeed:
 
 
 def measure(title, works, repeats):
-    """Run each {name: function} in turn, after one warm-up; print median CPU seconds and how many times those of the
-    first ("here") each takes. Returns what each returned, and the medians."""
+    """Run each {name: function} in turn; print median CPU seconds and how many times those of "here" each takes.
+    Returns what each returned, and the medians."""
     seconds, made = {name: [] for name in works}, {}
-    for i in range(repeats + 1):
+    for _ in range(repeats):
         for name, work in works.items():
             begin = time.process_time()
             made[name] = work()
             seconds[name].append(time.process_time() - begin)
-    medians = {name: statistics.median(times[1:] or times) for name, times in seconds.items()}
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     row = "  ".join(f"{name} {value:.2f} ({value / medians['here']:.1f}x)" for name, value in medians.items())
     print(f"{title}: {row}", flush=True)
     return made, medians
@@ -425,7 +425,7 @@ def rollout(repeats=REPEATS):
     def growing(turns):
         with swapped((model.Store, "spare", 0.0)):
             return forced(policy, samples, turns)
-    for turns in (1, 3, 5):
+    for turns in (1, 1, 3, 5):                                                  # the first is the warm-up
         works = {"here": lambda: forced(policy, samples, turns),
                  "prompt run for every row": lambda: forced(policy, apart, turns, 1),
                  "cache copied at every token": lambda: growing(turns),
@@ -442,7 +442,7 @@ def update(repeats=REPEATS):
     policy = learner()
     samples = questions(policy)
     others = peers(policy, samples)
-    for turns in (1, 3, 5):
+    for turns in (1, 1, 3, 5):                                                  # the first is the warm-up
         groups = forced(policy, samples, turns)
         rows = [t for group in groups for t in group]
         apart = [dataclasses.replace(t, sample=dataclasses.replace(t.sample)) for t in rows]
@@ -476,7 +476,7 @@ def step(repeats=REPEATS):
         own.step()
         own.zero_grad()
     peered = [(name, peer, torch.optim.AdamW(peer.trainer.model.parameters(), 1e-6)) for name, peer in others]
-    for turns in (1, 3, 5):
+    for turns in (1, 1, 3, 5):                                                  # the first is the warm-up
         works = {name: lambda peer=peer, own=own: there(peer, own) for name, peer, own in peered}
         measure(f"step, {turns} turns", {"here": here, **works}, repeats)
 
