@@ -328,7 +328,8 @@ def test_files_elsewhere_cannot_be_read(box, secret):
         __import__('decord').VideoReader(path)
         """, path=str(secret), trainer=os.getpid())
     assert text.count("->") == 20 and SECRET not in text
-    private = "/etc/passwd /etc/hostname /proc/cpuinfo /proc/self/mountinfo /proc/self/maps /proc/version /dev/kmsg"
+    private = ("/etc/passwd /etc/hostname /proc/cpuinfo /proc/self/mountinfo /proc/self/maps /proc/version /dev/kmsg "
+               "/proc/1/environ /proc/1/maps /proc/1/mem /proc/sys/kernel/hostname /proc/net/tcp /proc/keys /dev/ptmx")
     for path in (__file__, str(ROOT / "sandbox.py"), os.path.expanduser("~/.bashrc"), *private.split()):
         assert "failed" in attack(box, "open(path, 'rb').read(64)", path=path), path
 
@@ -403,6 +404,22 @@ def test_nothing_of_the_trainer_shows(fresh, secret):
     assert not [line for line in text.splitlines() if str(ROOT) in line.replace(sys.prefix, "") or "pytest" in line
                 or "-> shm" in line]  # Python's own home may lie in the checkout (.venv)
     assert sorted(map(int, re.findall(r"^\d+$", seen, re.M))) == [0, 1, 2, 3]      # null three times, the channel
+
+
+def test_sandboxes_do_not_see_each_other(box, fresh):
+    other = fresh([Image.new("RGB", (9, 7))])
+    other.run(f"kept = {SECRET!r}; open('file', 'w').write(kept)")
+    pids = [*map(int, box.run("import os; print(*(p for p in range(400) if os.path.exists(f'/proc/{p}')))").text.split()),
+            host_pid(other)]
+    text = box.run(f"import os\nfor pid in {pids}:\n    if pid == os.getpid(): continue\n"
+                   "    for name in 'environ maps mem cmdline cwd/file root/tmp/file fd/3 fdinfo/3 task syscall'.split():\n"
+                   "        for find in (lambda path: open(path, 'rb').read(64), os.listdir, os.readlink):\n"
+                   "            try: print('found', name, find(f'/proc/{pid}/{name}'))\n"
+                   "            except OSError: pass\n"
+                   "    for path in (f'../{pid}/file', f'../{pid}'):\n"
+                   "        try: print('found', open(path).read() if 'file' in path else os.listdir(path))\n"
+                   "        except OSError: pass\nprint('done')").text
+    assert text.endswith("done\n") and "found" not in text
 
 
 # ---- writes ----
@@ -987,6 +1004,7 @@ def test_a_missing_layer_is_refused_and_named():
 
 CONFINEMENT = [
     test_files_elsewhere_cannot_be_read, test_folders_elsewhere_cannot_be_listed, test_nothing_of_the_trainer_shows,
+    test_sandboxes_do_not_see_each_other,
     test_nothing_elsewhere_can_be_written, test_scratch_is_limited_and_removed, test_no_network_of_any_family,
     test_no_programs_and_no_forks, test_other_processes_are_out_of_reach, test_privileges_are_gone,
     test_bombs_hit_only_their_own_sandbox, test_threads_are_counted, test_threads_and_scratch_files, test_video,
