@@ -100,8 +100,8 @@ def collect(config, samples, folder):
     A batch's seed comes from its place, so that a resumed run draws what an uninterrupted one does."""
     rank, world, k = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), config.k
     limits = {name: getattr(config, name) for name in inspect.signature(rollout).parameters if hasattr(config, name)}
-    templates = config.prompt_template and load_templates(config.prompt_template)
-    limits |= dict(tools=not config.no_tools, templates=templates)
+    limits["tools"] = not config.no_tools
+    limits["templates"] = config.prompt_template and load_templates(config.prompt_template)
     if config.ask:
         (folder / "rollouts.jsonl").unlink(missing_ok=True)
         limits["on_turn"] = lambda t: print(f"--- turn {len(t.turns)}\n{t.turns[-1].text}\n{t.turns[-1].output}",
@@ -190,13 +190,12 @@ def interval(draws):
 
 def summarize(config, samples, lines, judge):
     """Lines in order of (index, repeat) -> results.json. Fills in what each line's answer is worth."""
-    bench = BENCHMARKS.get(config.benchmark, PLAIN)
     rows, answers = [samples[line["index"]] for line in lines], [line["answer"] or "" for line in lines]
     graded = score_benchmark(config.benchmark, rows, answers, judge, config.judge_only)
     for line, worth in zip(lines, graded["correct"]):
         line.update(correct=worth, reward=reward(worth >= 0.5, line["tool_calls"]))
     scores = np.reshape(graded["correct"], (len(samples), config.k)).T                              # (k, n)
-    found = bootstrap(bench.summary, samples, scores)
+    found = bootstrap(BENCHMARKS.get(config.benchmark, PLAIN).summary, samples, scores)
     draws = {"avg@k": bootstrap(PLAIN.summary, samples, scores)["score"],
              "pass@k": bootstrap(PLAIN.summary, samples, scores.max(0, keepdims=True))["score"], **found["scores"]}
     means = ("tool_calls", "visual_tokens", "response_tokens", "frames_looked_at", "seconds_covered")
@@ -266,23 +265,22 @@ def read_samples(config):
         return read_benchmark(config.benchmark, config.data, media=not config.predictions)
     if not config.ask:
         return load(config.data) if config.data else []
-    if len(config.ask) != 2 or not Path(config.ask[1]).is_file():
-        raise DataError(f"--ask takes a question and an image or video file, not {' '.join(config.ask)}")
-    question, file = config.ask
+    if len(config.ask) != 2:
+        raise DataError("--ask takes a question and an image or video file")
     try:
-        return [Sample("ask", question, "", images=(open_image(file),))]
+        return [Sample("ask", config.ask[0], "", images=(open_image(config.ask[1]),))]
     except DataError:
-        return [Sample("ask", question, "", videos=(file,))] if video_info(file) else []
+        return [Sample("ask", config.ask[0], "", videos=(config.ask[1],))] if video_info(config.ask[1]) else []
 
 
 def newest(config):
     """The newest runs/*/step_N of a run that fits: trained on this task, with the same --frames. Raises DataError."""
-    runs = [(file.parent, read_json(file)) for file in Path("runs").glob("*/config.json")]
-    steps = [step for folder, run in runs if {*config.task.split(",")} <= {*run.get("task", "").split(",")}
-             and run.get("frames", "") == config.frames and (config.data or config.ask or not run.get("data"))
-             for step in folder.glob("step_*") if (step / "config.json").exists()]
+    fits = {file.parent for file in Path("runs").glob("*/config.json") for run in [read_json(file)]
+            if {*config.task.split(",")} <= {*run.get("task", "").split(",")} and run.get("frames", "") == config.frames
+            and (config.data or config.ask or not run.get("data"))}
+    steps = [file.parent for folder in fits for file in folder.glob("step_*/config.json")]
+    flags = f"--task {config.task}" + (f" --frames {config.frames}" if config.frames else "")
     if not steps:
-        flags = f"--task {config.task}" + (f" --frames {config.frames}" if config.frames else "")
         raise DataError(f"no checkpoint of a run with {flags} under runs/: make one with `python train.py {flags}` "
                         "(about ten minutes), or name one with --model")
     return str(max(steps, key=os.path.getmtime))
@@ -296,16 +294,13 @@ def settle(config):
     samples, bench = read_samples(config), BENCHMARKS.get(config.benchmark, PLAIN)
     if samples:
         config.task = ",".join(sorted({"video" if sample.videos else "image" for sample in samples}))
-    elif not {*config.task.split(",")} <= {"image", "video"}:
-        raise DataError(f"--task {config.task}: choose from image, video and image,video")
     config.model = config.model or ("" if config.predictions else newest(config))
     given = {name: value for name, value in vars(config).items() if value is not None}
     k, heat, top_k = (bench.k, bench.temperature, bench.top_k) if samples else (1, 1.0, 0)
     training = read_json(Path(config.model).parent / "config.json")
-    usual = dict(k=k, temperature=heat, top_k=top_k, max_new_tokens=training.get("max_new_tokens", 10_240),
-                 difficulty=training.get("difficulty", ""))
-    vars(config).update({**usual, **given})
-    config.k = 1 if config.predictions else config.k
+    usual = dict(k=k, temperature=heat, top_k=top_k, max_new_tokens=10_240, difficulty="")
+    as_trained = {name: training[name] for name in ("max_new_tokens", "difficulty") if name in training}
+    vars(config).update(usual | as_trained | given | ({"k": 1} if config.predictions else {}))
     for name, least in dict(n=1, k=1, batch_size=1, max_turns=1, max_new_tokens=1, temperature=0).items():
         if getattr(config, name) < least:
             raise DataError(f"--{name} must be at least {least}")
@@ -313,7 +308,7 @@ def settle(config):
         hard = json.loads(config.difficulty or "{}")
         samples = samples or puzzles(config.task, config.n, config.seed, "heldout", **hard)
     except (ValueError, TypeError) as error:
-        raise DataError(f"--difficulty {config.difficulty}: expected an object as for train.py ({error})") from error
+        raise DataError(f"--task {config.task} --difficulty {config.difficulty}: {error}") from error
     free = ("out", "batch_size", "judge", "judge_model", "judge_only", "judge_key_file")     # may change on resuming
     state = {name: value for name, value in asdict(config).items() if name not in free}
     state["model_time"] = os.path.getmtime(config.model) if os.path.isdir(config.model) else 0
@@ -321,12 +316,11 @@ def settle(config):
     folder = Path(config.out or f"runs/eval-{what}-{hashlib.sha256(state.encode()).hexdigest()[:8]}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "config.json"
-        if file.exists() and file.read_text("utf-8") != state:
-            raise DataError(f"{file} is of a run with other settings: give another --out, or delete that folder")
+        if (folder / "config.json").exists() and (folder / "config.json").read_text("utf-8") != state:
+            raise DataError(f"{folder} is of a run with other settings: give another --out, or delete that folder")
         own = folder / f"config.{os.getpid()}"          # whole at any time, for torchrun's processes all come here
         own.write_text(state, encoding="utf-8")
-        own.replace(file)
+        own.replace(folder / "config.json")
     except OSError as error:
         raise DataError(f"--out {folder} cannot be written: {error.strerror}") from error
     return samples, folder
@@ -349,10 +343,10 @@ def run(config):
     if not config.ask:
         results = summarize(config, samples, lines, judge)
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(BENCHMARKS.get(config.benchmark, PLAIN).table(results))
         long = ("score", "interval", "scores", "intervals", "settings", "correct", "draws")
-        print(*(f"{name:<20}{round(value, 1) if isinstance(value, float) else value}" for name, value in results.items()
-                if name not in long and value != ""), sep="\n")
+        print(BENCHMARKS.get(config.benchmark, PLAIN).table(results), *(
+            f"{name:<20}{round(value, 1) if isinstance(value, float) else value}" for name, value in results.items()
+            if name not in long and value != ""), sep="\n")
     (folder / "rollouts.tmp").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (folder / "rollouts.tmp").replace(folder / "rollouts.jsonl")
     for file in folder.glob("rollouts.rank*.jsonl"):
