@@ -602,7 +602,7 @@ def test_privileges_are_gone(box):
     for line in ("NoNewPrivs:\t1", "Seccomp:\t2", *(f"Cap{name}:\t{0:016x}" for name in ("Inh", "Prm", "Eff", "Amb"))):
         assert line in status
     limits = Path(f"/proc/{host_pid(box)}/limits").read_text()
-    assert re.search(r"core file size +[01] +[01] ", limits)                    # where core_pattern is a pipe, 0 feeds it
+    assert re.search(r"core file size +[01] +[01] ", limits)                    # 0 feeds a core_pattern that is a pipe
     if platform.machine() == "x86_64":
         calls = {
             "unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "bpf": 321,
