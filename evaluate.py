@@ -294,6 +294,8 @@ def settle(config):
     samples, bench = read_samples(config), BENCHMARKS.get(config.benchmark, PLAIN)
     if samples:
         config.task = ",".join(sorted({"video" if sample.videos else "image" for sample in samples}))
+    elif not {*config.task.split(",")} <= {"image", "video"}:
+        raise DataError(f"--task {config.task}: choose from image, video and image,video")
     config.model = config.model or ("" if config.predictions else newest(config))
     given = {name: value for name, value in vars(config).items() if value is not None}
     k, heat, top_k = (bench.k, bench.temperature, bench.top_k) if samples else (1, 1.0, 0)
@@ -308,7 +310,7 @@ def settle(config):
         hard = json.loads(config.difficulty or "{}")
         samples = samples or puzzles(config.task, config.n, config.seed, "heldout", **hard)
     except (ValueError, TypeError) as error:
-        raise DataError(f"--task {config.task} --difficulty {config.difficulty}: {error}") from error
+        raise DataError(f"--difficulty {config.difficulty}: {error}") from error
     free = ("out", "batch_size", "judge", "judge_model", "judge_only", "judge_key_file")     # may change on resuming
     state = {name: value for name, value in asdict(config).items() if name not in free}
     state["model_time"] = os.path.getmtime(config.model) if os.path.isdir(config.model) else 0

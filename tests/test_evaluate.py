@@ -288,7 +288,8 @@ def test_the_newest_checkpoint_that_fits_is_found(model, tmp_path, monkeypatch, 
     (["--data", "gone.json"], "gone.json"), (["--benchmark", "nosuch"], "nosuch"),
     (["--benchmark", "vstar", "--data", "gone"], "gone"), (["--compare", "a.json", "b.json"], "a.json"),
     (["--compare", "a.json"], "a.json"), (["--ask", "What?"], "--ask"), (["--ask", "What?", "gone.jpg"], "gone.jpg"),
-    (["--frames", "many"], "many"), (["--k", "0"], "--k"), (["--out", "file/x"], "file/x"),
+    (["--frames", "many"], "many"), (["--task", "imgae"], "imgae: choose"), (["--difficulty", "{"], "--difficulty"),
+    (["--k", "0"], "--k"), (["--out", "file/x"], "file/x"),
     (["--model", "empty"], "empty"), (["--prompt_template", "gone.json"], "gone.json")])
 def test_bad_input_is_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
