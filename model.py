@@ -38,8 +38,9 @@ from transformers.masking_utils import sdpa_mask
 from data import DataError, encode
 
 CLOSING_TAGS = ("</code>", "</answer>")   # an action ends where one of these is complete
-HEAD_LOGITS = 2 ** 25                     # logits that exist at a time in training: 220 tokens of V = 152k
+HEAD_LOGITS = 2 ** 26                     # logits that exist at a time in training: 440 tokens of V = 152k
 FEED_TOKENS = 8_192                       # tokens of one forward in generation
+SEGMENT = 128                             # queries of a sequence that attend at a time
 NEVER = -1e9                              # added to the logits of ids that are not to be sampled
 CHAT_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
@@ -92,14 +93,15 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
         (rows, heads, length, size), kv_heads = q.shape, k.shape[1]
         q = q.reshape(rows, kv_heads, -1, size)     # the heads that share a key head become queries: no repeated keys
         if merged:
-            scores = (q @ k.transpose(2, 3)).float() * scaling + block.mask
-            total = scores.logsumexp(-1, keepdim=True)
-            out = (scores - total).exp().to(v.dtype) @ v
+            scores = (q * scaling @ k.transpose(2, 3)).float().add_(block.mask)
+            top = scores.amax(-1, keepdim=True)
+            total = scores.sub_(top).exp_().sum(-1, keepdim=True)
+            out, total = scores.to(v.dtype) @ v / total.to(v.dtype), total.log() + top
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask.to(q.dtype), scale=scaling)
         return [x.reshape(rows, heads, length, -1).transpose(1, 2).flatten(0, 1) for x in (out, total) if x is not None]
     for blocks, place in layout.passes:
-        parts.append([torch.cat(column)[place] for column in zip(*map(look, blocks))])
+        parts.append([(torch.cat(x) if len(x) > 1 else x[0])[place] for x in zip(*map(look, blocks))])
     if not merged:
         return parts[0][0][None], None
     seen, totals = map(torch.stack, zip(*parts))                                # (passes, N, H, D or 1)
@@ -122,7 +124,7 @@ def causal(table, real, before=None, seen=None):
     """Blocks of sequences table (R, T) that look at all of before (R, S) where `seen`, then at themselves causally; cut
     along T, so that little is computed ahead of the diagonal and nothing for sequences that have ended."""
     before, seen = (table[:, :0], real[:, :0]) if before is None else (before, seen)
-    size = max(128, -(-table.shape[1] // 8))
+    size = max(SEGMENT, -(-table.shape[1] // 8))
     for start in range(0, table.shape[1], size):
         rows, end = real[:, start].nonzero()[:, 0], min(start + size, table.shape[1])
         position = torch.arange(end, device=table.device)

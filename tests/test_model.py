@@ -1,4 +1,5 @@
 """The fast paths equal the plain ones: generation token for token, log-probs and gradients to rounding."""
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImag
 from transformers import Qwen3VLForConditionalGeneration
 
 from data import DataError, Sample, messages
-from model import Policy, load_policy, save_policy, tiny_policy
+import model
+from model import Policy, load_policy, save_policy, shard_policy, tiny_policy
 from rollout import Script, Trajectory, rollout
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -102,7 +104,14 @@ def reference(policy, t, n):
 BUDGETS = [5, 9, 7, 12, 3, 8]
 
 
-def test_greedy_turns_equal_model_generate(policy, samples):
+@pytest.fixture(params=["whole", "pieces"])
+def pieces(request, monkeypatch):
+    """All at once, or cut wherever long inputs are cut."""
+    for name, value in dict(FEED_TOKENS=60, SEGMENT=8, HEAD_LOGITS=10_000).items() if request.param == "pieces" else ():
+        monkeypatch.setattr(model, name, value)
+
+
+def test_greedy_turns_equal_model_generate(policy, samples, pieces):
     done = two_turns(policy, samples, 2, BUDGETS)
     for t, ids in done:
         assert ids == reference(policy, t, 12)[:len(ids)]
@@ -153,7 +162,7 @@ def gradient(policy, loss):
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
 
 
-def test_packed_logprobs_and_gradients_equal_plain_forwards(policy):
+def test_packed_logprobs_and_gradients_equal_plain_forwards(policy, pieces):
     trajectories = scripted(policy)
     weights = torch.randn(sum(sum(t.action_mask) for t in trajectories), generator=torch.Generator().manual_seed(0))
     fast, entropy = policy.logprobs(trajectories)
@@ -161,6 +170,51 @@ def test_packed_logprobs_and_gradients_equal_plain_forwards(policy):
     assert torch.allclose(fast, slow, atol=1e-4) and len(fast) == len(entropy) and (entropy > 0).all()
     a, b = gradient(policy, (fast * weights).sum()), gradient(policy, (slow * weights).sum())
     assert (a - b).norm() / b.norm() < 1e-5
+
+
+def test_recomputed_activations_with_a_shared_prompt(tmp_path):
+    """As one process with a GPU shards itself; the same gradients, also through the prompt that a group shares."""
+    made = tiny_policy(tmp_path / "tiny", TEXTS * 3, vocabulary=330)
+    trajectories = scripted(made, 2)
+    expected = gradient(made, made.logprobs(trajectories)[0].sum())
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shard_policy(made, checkpoint_activations=True)
+        calls, layer = [], made.model.model.language_model.layers[1].mlp
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+        loss = made.logprobs(trajectories)[0].sum()
+        assert len(calls) == 1
+        loss.backward()
+        assert len(calls) == 2                                                  # backward has run it again
+        again = torch.cat([p.grad.full_tensor().flatten() for p in made.model.parameters() if p.grad is not None])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (again - expected).norm() / expected.norm() < 1e-5
+
+
+def peak_bytes(work):
+    """The most that is allocated at a time while work() runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+def test_chunked_logits_need_a_fifth_of_the_memory(monkeypatch):
+    """4,096 tokens; vocabulary and the logits at a time both a hundredth of the real 152k and 2 ** 26."""
+    network, states = torch.nn.Module(), torch.randn(4096, 8, requires_grad=True)
+    network.lm_head = torch.nn.Linear(8, 1520, bias=False)
+    monkeypatch.setattr(model, "hidden", lambda *_, **__: states)
+
+    def work():
+        out, _ = model.score(network, *[None] * 5, torch.arange(4096), torch.zeros(4096).long(), torch.zeros(1520), 1.0)
+        out.sum().backward()
+    peaks = []
+    for size in (model.HEAD_LOGITS // 100, 10 ** 9):
+        monkeypatch.setattr(model, "HEAD_LOGITS", size)
+        peaks.append(peak_bytes(work))
+    assert peaks[1] >= 5 * peaks[0] and peaks[1] > 2 * 4 * 4096 * 1520
 
 
 def test_sampled_logprobs_equal_the_update_s(policy, samples):
