@@ -11,8 +11,9 @@ token-mean over the whole optimizer step) -> log -> evaluate -> save. What is no
   torchrun train.py --task image                    # the built-in puzzles on a laptop, ten to fifteen minutes
   torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-VL-7B-Instruct --data rl.json --out runs/7b
 """
-import errno, importlib.util, inspect, itertools, json, math, os, re, shutil, signal, statistics, sys, time, zlib
-from dataclasses import asdict, dataclass, fields, replace
+import errno, importlib.util, inspect, itertools, json, math, os, re, shutil, signal, statistics, sys, tempfile, time
+import zlib
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -123,13 +124,14 @@ def collect(run, config):
     """Roll out prompts until batch_size groups are worth training on or max_oversample is reached -> groups."""
     groups, target = [], round(config.oversample * config.batch_size)
     most, run.limits["stats"] = max(target, round(config.max_oversample * config.batch_size)), {}
-    with run.policy.whole(config.unshard_rollout):
-        while len(groups) < target:
-            fresh = rollout(run.policy, list(prompts(run, target - len(groups))), config.group_size, **run.limits)
-            score([t for group in fresh for t in group], config.tool_reward, run.judge, config.judge_only)
-            groups += run.gather(fresh)
-            if len(choose(run, groups)[0]) < config.batch_size:
-                target = min(target + config.batch_size, most)
+    while len(groups) < target:
+        samples = list(prompts(run, target - len(groups)))
+        with run.policy.whole(config.unshard_rollout):  # every process at its own pace
+            fresh = rollout(run.policy, samples, config.group_size, **run.limits)
+        score(sum(fresh, []), config.tool_reward, run.judge, config.judge_only)
+        groups += run.gather(fresh)
+        if len(choose(run, groups)[0]) < config.batch_size:
+            target = min(target + config.batch_size, most)
     return groups
 
 
@@ -166,33 +168,24 @@ def policy_loss(logprobs, old, advantages, clip=0.2, dual_clip=3.0):
     return -objective, (objective != plain).float()
 
 
-def flat(groups):
-    return [t for group in groups for t in group]
-
-
-def grouped(trajectories):
-    return [list(group) for _, group in itertools.groupby(trajectories, key=lambda t: id(t.sample))]
-
-
 def share(groups, rank, world):
-    """This process's trajectories: about equally many tokens for each; groups stay whole where there are enough."""
-    units = groups if len(groups) >= 2 * world else [[t] for t in flat(groups)]
+    """This process's groups: about equally many tokens for each process; where there are few groups they are cut up."""
+    units = groups if len(groups) >= 2 * world or world == 1 else [[t] for group in groups for t in group]
     loads = [[] for _ in range(world)]
     for unit in sorted(units, key=lambda unit: -sum(len(t.tokens) for t in unit)):
-        min(loads, key=lambda load: sum(len(t.tokens) for t in load)).extend(unit)
+        min(loads, key=lambda load: sum(len(t.tokens) for unit in load for t in unit)).append(unit)
     return loads[rank]
 
 
-def microbatches(trajectories, budget):
+def microbatches(groups, budget):
     """Lists of trajectories of at most `budget` packed tokens, by length; a group's prompt counts once in each."""
     batches, size = [], budget
-    groups = sorted(grouped(trajectories), key=lambda group: max(len(t.tokens) for t in group))
-    for t in flat(sorted(group, key=lambda t: len(t.tokens)) for group in groups):
-        known = bool(batches) and batches[-1][-1].sample is t.sample
-        size += len(t.tokens) - t.prompt_length * known
-        if size > budget:
-            batches, size = batches + [[]], len(t.tokens)
-        batches[-1].append(t)
+    for group in sorted(groups, key=lambda group: max(len(t.tokens) for t in group)):
+        for t in sorted(group, key=lambda t: len(t.tokens)):
+            size += len(t.tokens) - t.prompt_length * (bool(batches) and batches[-1][-1].sample is t.sample)
+            if size > budget:
+                batches, size = batches + [[]], len(t.tokens)
+            batches[-1].append(t)
     return batches
 
 
@@ -211,12 +204,11 @@ def backward(run, batch, config, scale):
     return torch.stack([column.sum() for column in columns]).double().cpu()
 
 
-def update(run, trajectories, config, lr):
-    """Train on the batch -> metrics. trajectories: the whole batch, the same list on every process."""
-    groups, weights = grouped(trajectories), list(run.policy.model.parameters())
-    totals, norms, skipped = torch.zeros(5, dtype=torch.float64), [], 0
+def update(run, groups, config, lr):
+    """Train on the batch -> metrics. groups: the whole batch, the same on every process."""
+    weights, totals, norms, skipped = [*run.policy.model.parameters()], torch.zeros(5, dtype=torch.float64), [], 0
     for part in (groups[k::config.minibatches] for k in range(min(config.minibatches, len(groups)))):
-        tokens = sum(sum(t.action_mask) for t in flat(part))    # of the whole optimizer step, over all processes
+        tokens = sum(sum(t.action_mask) for t in sum(part, []))    # of the whole optimizer step, over all processes
         batches = microbatches(share(part, run.rank, run.world), config.tokens_per_microbatch)
         idle = max(run.gather([len(batches)])) - len(batches)
         sums = sum([backward(run, batch, config, 1 / tokens) for batch in batches], torch.zeros_like(totals))
@@ -251,7 +243,7 @@ class Run:
         self.config, self.out, self.samples, self.held, self.recited = config, Path(config.out), samples, held, {}
         self.step, self.position, self.rows, self.start, self.logger, self.terminated = 0, 0, [], {}, None, False
         weights = self.out / resume.stem if resume else config.model
-        self.policy = load_policy(weights, dtype=torch.float32, max_pixels=config.max_pixels)
+        self.policy = load_policy(weights, dtype=torch.float32, max_pixels=config.max_pixels, sharded=many)
         if many:
             shard_policy(self.policy, config.offload, config.checkpoint_activations)
         self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), config.lr, weight_decay=config.weight_decay)
@@ -273,7 +265,7 @@ class Run:
             return items
         parts = [None] * self.world
         dist.all_gather_object(parts, items)
-        return flat(parts)
+        return sum(parts, [])
 
     def due(self, every):
         return every and (self.step % every == 0 or self.step == self.config.steps)
@@ -291,10 +283,9 @@ class Run:
             save_policy(self.policy, aside / name)      # together; the first process writes
             if self.rank == 0:
                 torch.save(state, aside / "state.pt")
-                for path in [*aside.rglob("*"), self.out / "metrics.jsonl"]:
-                    file = os.open(path, os.O_RDONLY)
-                    os.fsync(file)
-                    os.close(file)
+                for path in filter(Path.is_file, aside.rglob("*")):
+                    with open(path, "rb") as file:
+                        os.fsync(file)
                 discard(self.out / name)
                 (aside / name).rename(self.out / name)
                 (aside / "state.pt").rename(self.out / "state" / f"{name}.pt")
@@ -303,6 +294,8 @@ class Run:
                     old.unlink()
                     discard(self.out / old.stem)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if self.rank:                               # not of this process's writing
+                raise
             shutil.rmtree(aside, ignore_errors=True)
             free = shutil.disk_usage(self.out).free / 2 ** 20
             why = f"{name} could not be written ({str(error).splitlines()[0]}); {free:.0f} MiB are free in {self.out}"
@@ -333,7 +326,7 @@ def train(run, config):
         kept, counts = choose(run, groups)
         clock.append(time.perf_counter())
         lr = config.lr * min(1.0, (run.step + 1) / (config.warmup + 1))
-        losses = update(run, flat(kept), config, lr)
+        losses = update(run, kept, config, lr)
         clock.append(time.perf_counter())
         run.step += 1
         metrics = dict(measure(run, groups, kept, clock), **counts, **losses)
@@ -353,7 +346,7 @@ def mean(values):
 
 def measure(run, groups, kept, clock):
     """The step's row of metrics.jsonl: means over everything sampled, what was trained on, seconds."""
-    sampled, trained, seconds = flat(groups), flat(kept), clock[1] - clock[0]
+    sampled, trained, seconds = sum(groups, []), sum(kept, []), clock[1] - clock[0]
     calls, looked = [t.turns[:t.n_tool_calls] for t in sampled], [*map(looks, sampled)]      # what ran
     return dict(
         step=run.step, reward=mean(t.reward for t in sampled), accuracy=mean(bool(t.correct) for t in sampled),
@@ -392,7 +385,7 @@ def log(run, metrics, groups, kept, bar):
         why = ("10 steps in a row had nothing to train on: every group's rewards are equal, or it is broken. Are the "
                "questions too hard or too easy, or the limits too small? (or --keep_zero_variance)")
     if len(last) >= 5 and all(row["updates_skipped"] for row in last[-5:]):
-        why = f"the gradient was not finite in 5 steps in a row; the last one's groups are in {run.out}/nonfinite.pt"
+        why = f"the gradient was not finite in 5 steps in a row; what it came from is in {run.out}/nonfinite.pt"
     if run.rank == 0:
         with open(run.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -405,7 +398,7 @@ def log(run, metrics, groups, kept, bar):
         if metrics["logprob_gap"] > 0.01:
             bar.write(f"warning: rollout and update disagree on log-probs by {metrics['logprob_gap']:.3f} on average")
         if "eval_accuracy" in metrics or run.step == run.config.steps:
-            write_report(run.out / "rollouts.html", flat(groups), f"Step {run.step}")
+            write_report(run.out / "rollouts.html", sum(groups, []), f"Step {run.step}")
             curves(run.out / "curves.png", [{"step": 0, **run.start}, *run.rows])
         if why:
             torch.save(kept, run.out / "nonfinite.pt")
@@ -420,12 +413,11 @@ def curves(path, rows):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axis, name in zip(axes.flat, ("accuracy", "reward", "tool_calls", "response_tokens", "entropy", "grad_norm")):
-        for key, style, label in ((name, "-", "training"), (f"eval_{name}", "o-", "held out"),
-                                  (f"eval_{name}_greedy", "s--", "held out, greedy")):
+        for key, style in ((name, "-"), (f"eval_{name}", "o-"), (f"eval_{name}_greedy", "s--")):
             if points := [(row["step"], row[key]) for row in rows if key in row]:
-                axis.plot(*zip(*points), style, ms=4, lw=1, label=label)
-        axis.set(title=name.replace("_", " "), xlabel="step")
-    axes.flat[0].legend(fontsize=8)
+                axis.plot(*zip(*points), style, ms=4, lw=1, label=key.replace("_", " "))
+        axis.set(xlabel="step")
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -445,23 +437,22 @@ def configure(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config, given = parse_flags(Config, argv), {word[2:].split("=")[0] for word in argv if word.startswith("--")}
     config.out = config.out or f"runs/{config.task.replace(',', '_')}{config.frames and '_' + config.frames}"
-    out, settings = Path(config.out), {} if config.model else LAPTOP
+    out, old = Path(config.out), {}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        tempfile.TemporaryFile(dir=out).close()
         if config.resume and (out / "config.json").exists():
-            settings = json.loads((out / "config.json").read_text())
+            old = json.loads((out / "config.json").read_text())
+            old = {name: old[name] for name in sorted(vars(config).keys() & old.keys() - {"out", "resume"})}
     except (OSError, ValueError) as error:
-        raise DataError(f"--out {out} cannot be used: {getattr(error, 'strerror', error)}") from None
-    names = {field.name for field in fields(Config)} & set(settings) - {"out", "resume"}
-    for name in names - given:
-        setattr(config, name, settings[name])
-    changed = {name: settings[name] for name in names if config.resume and settings[name] != getattr(config, name)}
+        raise DataError(f"--out {out} cannot be used: {getattr(error, 'strerror', None) or error}") from None
+    for name, value in (old or ({} if config.model else LAPTOP)).items():
+        setattr(config, name, getattr(config, name) if name in given else value)
+    changed = [name for name in old if old[name] != getattr(config, name)]
     if {"stage", "task"} & set(changed):
-        raise DataError(f"--out {out}: a run of stage {settings['stage']}, task {settings['task']} stays one")
+        raise DataError(f"--out {out}: a run of stage {old['stage']}, task {old['task']} stays one")
     if changed and not int(os.environ.get("RANK", 0)):
-        print("going on with other settings; they were", *(f"--{k} {v}" for k, v in changed.items()), flush=True)
+        print("going on with other settings; they were", *(f"--{name} {old[name]}" for name in changed), flush=True)
     config.name = config.name or f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     difficulty(config)
     for name, pattern in ALLOWED.items():
@@ -488,23 +479,13 @@ def cold_start(config):
     for make, n, settings in COLD_START:
         stage = replace(config, stage="sft", model=str(aside), out=str(aside), eval_every=0, **settings)
         lessons = make(config.task, n, config.seed, **difficulty(config))
-        if config.frames:                               # no tool: the whole demonstration is the right answer
-            lessons = [replace(s, turns=[ANSWER.format(s.answer)]) for s in lessons]
+        if config.frames:                               # no tool: lessons in seeing, then only the right answers
+            lessons = [replace(s, turns=[ANSWER.format(s.answer)]) for s in lessons if s.ability != "call"]
         run = Run(stage, lessons, None, alone=True)
         train(run, stage)
         save_policy(run.policy, aside)
     aside.rename(folder)
     return str(folder)
-
-
-def read(config):
-    """The samples to train on, those to evaluate on, and prompt templates. Raises DataError."""
-    samples, held = (load(file) if file else [] for file in (config.data, config.eval_data))
-    if config.stage == "sft" and not (samples and all(sample.turns for sample in samples)):
-        raise DataError('--stage sft needs --data with demonstrations: rows with "turns", what the assistant says')
-    if config.eval_every and not held and not samples:
-        held = puzzles(config.task, config.eval_n, config.seed, split="heldout", **difficulty(config))
-    return samples, load_templates(config.prompt_template) if config.prompt_template else None, held
 
 
 def join():
@@ -521,7 +502,12 @@ def join():
 
 def begin(config):
     """The Run that `train` goes on with, at step 0 or at the newest complete state; an earlier run in --out moves."""
-    samples, templates, held = read(config)
+    samples, held = (load(file) if file else [] for file in (config.data, config.eval_data))
+    templates = load_templates(config.prompt_template) if config.prompt_template else None
+    if config.stage == "sft" and not (samples and all(sample.turns for sample in samples)):
+        raise DataError('--stage sft needs --data with demonstrations: rows with "turns", what the assistant says')
+    if config.eval_every and not held and not samples:
+        held = puzzles(config.task, config.eval_n, config.seed, split="heldout", **difficulty(config))
     join()
     out, states = Path(config.out), complete(config.out) if config.resume else []
     if not states and not config.model:
@@ -576,6 +562,8 @@ def main():
         train(run, config)
         if run.logger:
             run.logger.finish()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (DataError, SandboxError) as error:
         sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
     except OSError as error:

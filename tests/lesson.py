@@ -149,14 +149,14 @@ def lesson():
         for t in rehearsal:
             t.advantage, t.logprobs = 1.0, []
         for _ in range(20):                                         # imitation: the cast becomes likely
-            train.update(run, rehearsal, config, 2e-3)
+            train.update(run, [rehearsal], config, 2e-3)
         groups = play(run, config, samples)
         kept, counts = select(groups, config.batch_size, config.rank)
         trained = [t for group in kept for t in group]
         before = logprobs(run, trained)
         for t, values in zip(trained, before):
             t.logprobs = values                                     # where a sampler notes them; a script has none
-        metrics = train.update(run, trained, config, config.lr)
+        metrics = train.update(run, kept, config, config.lr)
         return page(run, groups, kept, counts, before, logprobs(run, trained), metrics)
 
 

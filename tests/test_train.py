@@ -164,7 +164,7 @@ def test_the_token_mean_is_over_the_whole_step(tiny, rows, tmp_path):
     for budget in (10 ** 6, 1):
         run, config = make_run(tiny, rows, tmp_path, tokens_per_microbatch=budget)
         run.optimizer = torch.optim.SGD(run.policy.model.parameters(), 1e-2)
-        results.append((train.update(run, batch_of(run), config, 1e-2), weights(run)))
+        results.append((train.update(run, [batch_of(run)], config, 1e-2), weights(run)))
     (first, a), (second, b) = results
     assert (a - b).norm() / a.norm() < 1e-6
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-4) and first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-4)
@@ -175,7 +175,7 @@ def test_microbatches_respect_the_budget_and_lose_nothing(tiny, rows, tmp_path):
     trajectories = batch_of(run)
     longest = max(len(t.tokens) for t in trajectories)
     for budget in (1, longest, 3 * longest, 10 ** 6):
-        parts = train.microbatches(trajectories, budget)
+        parts = train.microbatches([[t] for t in trajectories], budget)
         assert sorted(id(t) for part in parts for t in part) == sorted(map(id, trajectories))
         assert all(len(part) == 1 or sum(len(t.tokens) for t in part) <= budget for part in parts)
 
@@ -183,10 +183,10 @@ def test_microbatches_respect_the_budget_and_lose_nothing(tiny, rows, tmp_path):
 def test_one_update_a_batch_never_clips_and_more_do(tiny, rows, tmp_path):
     for minibatches, expected in ((1, False), (2, True)):
         run, config = make_run(tiny, rows, tmp_path, minibatches=minibatches, lr=0.05)
-        trajectories = [t for g in rollout(run.policy, run.samples[:4], 4, max_new_tokens=8) for t in g]
-        for i, t in enumerate(trajectories):
+        groups = rollout(run.policy, run.samples[:4], 4, max_new_tokens=8)
+        for i, t in enumerate(t for group in groups for t in group):
             t.advantage = (-1.0) ** i
-        result = train.update(run, trajectories, config, config.lr)
+        result = train.update(run, groups, config, config.lr)
         assert (result["clip_fraction"] > 0) == expected
         if not expected:
             assert result["logprob_gap"] < 1e-4
@@ -198,7 +198,7 @@ def test_sft_learns_to_recite(tiny, rows, tmp_path):
     trajectories = batch_of(run, (1.0,) * 5)
     before = run.policy.logprobs(trajectories)[0].mean().item()
     for _ in range(8):
-        train.update(run, trajectories, config, 3e-3)
+        train.update(run, [trajectories], config, 3e-3)
     assert run.policy.logprobs(trajectories)[0].mean().item() > before + 1
 
 
@@ -333,7 +333,7 @@ def test_a_checkpoint_is_a_hugging_face_model_with_the_same_logits(whole, tiny):
 def test_a_killed_run_resumes_number_for_number(stage, kills, tiny, rows, whole, tmp_path):
     """Killed at random moments, among them in the middle of writing a checkpoint."""
     out, more = tmp_path / "killed", ("--stage", stage, "--steps", 6, "--save_every", 1)
-    rng, unfinished = np.random.default_rng(int(time.time())), 0
+    rng = np.random.default_rng(int(time.time()))
     for kill in range(kills):
         process = start(tiny, rows, out, *more, *(["--resume"] if kill else []))
         seen = len(lines(out))
@@ -344,7 +344,6 @@ def test_a_killed_run_resumes_number_for_number(stage, kills, tiny, rows, whole,
             time.sleep(float(rng.uniform(0, 0.3)))
         process.signal(signal.SIGKILL)
         process.wait()
-        unfinished += (out / "unfinished").exists()
         for folder in out.glob("step_*"):
             logits(folder)                              # complete or absent
     process = start(tiny, rows, out, "--resume", "--stage", stage)
@@ -393,7 +392,7 @@ def test_a_full_disk_stops_and_leaves_the_last_checkpoint(limit, tiny, rows, tmp
     out = small_disk(tmp_path) if limit == "disk" else tmp_path / "run"
     try:
         run, config = make_run(tiny, rows, out, keep=5)
-        train.update(run, batch_of(run), config, 1e-3)
+        train.update(run, [batch_of(run)], config, 1e-3)
         (out / "metrics.jsonl").touch()
         run.step = 1
         run.save()
