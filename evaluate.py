@@ -154,12 +154,13 @@ def record(t, index=0, repeat=0):
     """Trajectory -> its line of rollouts.jsonl: all that results and report need, pictures as thumbnails."""
     return dict(
         question=t.sample.question, images=[thumbnail(image) for image in t.images[:len(t.sample.images)]],
+        **looks(t, pictures=True),
         turns=[dict(text=turn.text, code=turn.code, output=turn.output or turn.error,
                     images=[thumbnail(image) for image in turn.images]) for turn in t.turns],
         error=t.error, answer=t.answer, reference=t.sample.answer, correct=t.correct if t.sample.answer else None,
         reward=t.reward, advantage=t.advantage, tool_calls=t.n_tool_calls, visual_tokens=t.visual_tokens,
-        response_tokens=sum(t.action_mask), **looks(t, pictures=True), end_reason=t.end_reason.value,
-        data_source=t.sample.data_source, id=t.sample.id, index=index, repeat=repeat)
+        response_tokens=sum(t.action_mask), end_reason=t.end_reason.value, data_source=t.sample.data_source,
+        id=t.sample.id, index=index, repeat=repeat)
 
 
 def read_state(folder):
