@@ -66,15 +66,12 @@ class Layout:
     """How the N tokens of a forward attend. passes: lists of blocks; each pass holds every token once, and what a token
     sees in several passes is merged. store, row, slot: where the keys and values of the tokens are written."""
 
-    def __init__(self, passes, groups, store=None, row=None, slot=None):
+    def __init__(self, passes, store=None, row=None, slot=None):
         self.store, self.row, self.slot, self.passes = store, row, slot, []
         for blocks in passes:
             token, real = (torch.cat([getattr(b, name).flatten() for b in blocks]) for name in ("queries", "real"))
             place = torch.empty_like(token[real]).index_put((token[real],), real.nonzero()[:, 0])   # (N,) among R * Q
             self.passes.append((blocks, place))
-            for block in blocks:
-                mask = block.allowed.float().log()                              # 0 where it may look, else -inf
-                block.mask = mask.repeat(1, groups if mask.shape[1] > 1 else 1, 1)[:, None]     # (R, 1, g * Q or 1, S)
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
@@ -90,15 +87,17 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
         cached, total = not isinstance(block.keys, torch.Tensor), None
         k, v = block.keys(module.layer_idx) if cached else (x[0][:, block.keys].transpose(0, 1) for x in (key, value))
         q = query[0][:, block.queries].transpose(0, 1)                          # (R, H, Q, D)
-        (rows, heads, length, size), kv_heads = q.shape, k.shape[1]
-        q = q.reshape(rows, kv_heads, -1, size)     # the heads that share a key head become queries: no repeated keys
-        if merged:
-            scores = (q * scaling @ k.transpose(2, 3)).float().add_(block.mask)
+        (rows, heads, length, size), shared = q.shape, q.shape[1] // k.shape[1]
+        if merged:              # the heads that share a key head are one matmul, in which no key is copied
+            q = q.reshape(rows, -1, shared * length, size) * scaling
+            scores = (q @ k.transpose(2, 3)).float()
+            scores.view(rows, -1, shared, length, k.shape[2]).masked_fill_(~block.allowed[:, None, None], -torch.inf)
             top = scores.amax(-1, keepdim=True)
             total = scores.sub_(top).exp_().sum(-1, keepdim=True)
             out, total = scores.to(v.dtype) @ v / total.to(v.dtype), total.log() + top
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask.to(q.dtype), scale=scaling)
+            k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=block.allowed[:, None], scale=scaling)
         return [x.reshape(rows, heads, length, -1).transpose(1, 2).flatten(0, 1) for x in (out, total) if x is not None]
     for blocks, place in layout.passes:
         parts.append([(torch.cat(x) if len(x) > 1 else x[0])[place] for x in zip(*map(look, blocks))])
@@ -211,7 +210,6 @@ class Policy:
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.device = device or model.device
         text, ids = model.config.get_text_config(), tokenizer.convert_tokens_to_ids
-        self.kv_groups = text.num_attention_heads // text.num_key_value_heads
         self.image_token, self.end = model.config.image_token_id, ids("<|im_end|>")
         self.ends = {self.end, ids("<|endoftext|>")}
         self.ban = torch.zeros(text.vocab_size, device=self.device)
@@ -254,7 +252,7 @@ class Policy:
         for lo, hi in chunks(lengths):
             table, real = ragged(lengths[lo:hi], self.device)
             row, slot = real.nonzero().T
-            layout = Layout([[*causal(table, real)]], self.kv_groups, state.prompts, row + lo, slot)
+            layout = Layout([[*causal(table, real)]], state.prompts, row + lo, slot)
             ids = [prompt.ids for prompt in prompts[lo:hi]]
             logits.append(self.forward(ids, torch.cat(places[lo:hi], 1), layout, prompts[lo:hi]))
         state.logits = torch.cat(logits).repeat_interleave(group_size, 0)
@@ -286,7 +284,7 @@ class Policy:
         owner = torch.tensor(state.owner[lo:hi], device=self.device)[row]       # (N,)
         group, live = ragged(owner.bincount(minlength=state.prompts.rows), self.device)         # (P, its tokens)
         shared = Block(owner.argsort(stable=True)[group], live, state.prompts.slice(0, state.prompts.rows), state.shown)
-        layout = Layout([[shared], [own]], self.kv_groups, state.own, row + lo, slot + start[row])
+        layout = Layout([[shared], [own]], state.own, row + lo, slot + start[row])
         return self.forward(ids, positions, layout, items)
 
     def forward(self, ids, positions, layout, items=(), running=True):
@@ -361,7 +359,7 @@ class Policy:
         try:
             yield
             table, real = ragged([1], self.device)
-            one = Layout([[*causal(table, real)]], self.kv_groups)
+            one = Layout([[*causal(table, real)]])
             with torch.no_grad():
                 while self.in_step and self.forward([[self.end]], table.expand(3, -1), one, running=False) is not None:
                     pass
@@ -394,7 +392,7 @@ class Policy:
         owner = torch.tensor([index[id(t.sample)] for t in trajectories], device=self.device)
         blocks = [*causal(prompt, prompt_real), *causal(reply, real, prompt[owner], prompt_real[owner])]
         picked = torch.tensor([m for t in trajectories for m in t.action_mask[t.prompt_length:]], device=self.device)
-        select, layout = sum(heads) + picked.nonzero()[:, 0], Layout([blocks], self.kv_groups)
+        select, layout = sum(heads) + picked.nonzero()[:, 0], Layout([blocks])
         targets = torch.tensor([x for t in trajectories for x, m in zip(t.tokens, t.action_mask) if m])
         images = gather_images([*shown.values(), *seen])
         return self.model.score(ids, positions, layout, *images, select, targets.to(self.device), self.ban, temperature)

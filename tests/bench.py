@@ -364,18 +364,12 @@ def measure(title, works, repeats):
             made[name] = work()
             seconds[name].append(time.process_time() - begin)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    row = "  ".join(f"{name} {value:.2f} ({value / medians['here']:.1f}x)" for name, value in medians.items())
-    print(f"{title}: {row}", flush=True)
+    print(f"{title}: {report(medians)}", flush=True)
     return made, medians
 
 
-def peers(policy, samples):
-    """[(name, Peer)] of what is installed."""
-    try:
-        return [("TRL", Peer(policy, samples))]
-    except ImportError:
-        print("TRL is not installed (pip install trl): without it")
-        return []
+def report(medians):
+    return "  ".join(f"{name} {value:.2f} ({value / medians['here']:.2f}x)" for name, value in medians.items())
 
 
 def rates():
@@ -414,71 +408,73 @@ def floors(policy, groups):
     return (forward / flops + (read + steps * 4 * weights) / copied), 3 * forward / flops
 
 
-def rollout(repeats=REPEATS):
-    """Generation of 4 prompts x 8 of forced lengths at 1, 3 and 5 turns: here, without each trick, TRL, plain."""
+def rollout(turns, repeats):
+    """Generation of 4 prompts x 8 of forced lengths: here, without each trick, and plain."""
     import model
     policy = learner()
     samples = questions(policy)
-    others = peers(policy, samples)
     apart = [dataclasses.replace(sample) for sample in samples for _ in range(GROUP)]
 
-    def growing(turns):
+    def growing(n):
         with swapped((model.Store, "spare", 0.0)):
-            return forced(policy, samples, turns)
-    for turns in (1, 1, 3, 5):                                                  # the first is the warm-up
-        works = {"here": lambda: forced(policy, samples, turns),
-                 "prompt run for every row": lambda: forced(policy, apart, turns, 1),
-                 "cache copied at every token": lambda: growing(turns),
-                 "no cache across turns": lambda: forced(Refeed(policy), samples, turns),
-                 **{name: lambda peer=peer: peer.generate(turns) for name, peer in others},
-                 "plain model.generate": lambda: forced(policy, samples, turns, slow=True)}
-        made, medians = measure(f"generate, {turns} turns", works, repeats)
+            return forced(policy, samples, n)
+    for n in turns:
+        works = {"here": lambda: forced(policy, samples, n),
+                 "prompt run for every row": lambda: forced(policy, apart, n, 1),
+                 "cache copied at every token": lambda: growing(n),
+                 "no cache across turns": lambda: forced(Refeed(policy), samples, n),
+                 "plain model.generate": lambda: forced(policy, samples, n, slow=True)}
+        made, medians = measure(f"generate, {n} turns", works, repeats)
         floor, _ = floors(policy, made["here"])
-        print(f"  floor {floor:.2f}, here {medians['here'] / floor:.1f} times that")
+        print(f"  floor {floor:.2f}, here {medians['here'] / floor:.1f} times that", flush=True)
 
 
-def update(repeats=REPEATS):
-    """Log-probs, loss and backward of the same trajectories: here, without each trick, TRL on as many, plain."""
+def update(turns, repeats):
+    """Log-probs, loss and backward of the same trajectories: here, without each trick, and plain."""
     policy = learner()
     samples = questions(policy)
-    others = peers(policy, samples)
-    for turns in (1, 1, 3, 5):                                                  # the first is the warm-up
-        groups = forced(policy, samples, turns)
+    for n in turns:
+        groups = forced(policy, samples, n)
         rows = [t for group in groups for t in group]
         apart = [dataclasses.replace(t, sample=dataclasses.replace(t.sample)) for t in rows]
         scored = [dataclasses.replace(t, action_mask=[i >= t.prompt_length for i in range(len(t.tokens))],
                                       logprobs=[0.0] * (len(t.tokens) - t.prompt_length)) for t in rows]
         works = {"here": lambda: train_on(policy, rows), "prompt run for every row": lambda: train_on(policy, apart),
-                 "all response tokens scored": lambda: train_on(policy, scored)}
-        for name, peer in others:
-            batch = peer.generate(turns)
-            works[name] = lambda peer=peer, batch=batch: peer.train_on(batch)
-        works["plain"] = lambda: plain_logprobs(policy, rows).sum().backward()
-        _, medians = measure(f"update, {turns} turns", works, repeats)
+                 "all response tokens scored": lambda: train_on(policy, scored),
+                 "plain": lambda: plain_logprobs(policy, rows).sum().backward()}
+        _, medians = measure(f"update, {n} turns", works, repeats)
         _, floor = floors(policy, groups)
-        print(f"  floor {floor:.2f}, here {medians['here'] / floor:.1f} times that")
+        print(f"  floor {floor:.2f}, here {medians['here'] / floor:.1f} times that", flush=True)
 
 
-def step(repeats=REPEATS):
-    """A whole step, here against TRL: generation, loss, backward and AdamW."""
+def step(turns, repeats):
+    """A whole step here and, where it is installed, with TRL: generation, then loss, backward and AdamW."""
     import torch
     policy = learner()
     samples = questions(policy)
-    others, optimizer = peers(policy, samples), torch.optim.AdamW(policy.model.parameters(), 1e-6)
+    optimizer, works = torch.optim.AdamW(policy.model.parameters(), 1e-6), {}
+    try:
+        peer = Peer(policy, samples)
+        theirs = torch.optim.AdamW(peer.trainer.model.parameters(), 1e-6)
+    except ImportError:
+        print("TRL is not installed (pip install trl): without it")
+        peer = None
 
-    def here():
-        train_on(policy, [t for group in forced(policy, samples, turns) for t in group])
+    def learn(optimizer, train, batch):
+        train(batch)
         optimizer.step()
         optimizer.zero_grad()
-
-    def there(peer, own):
-        peer.train_on(peer.generate(turns))
-        own.step()
-        own.zero_grad()
-    peered = [(name, peer, torch.optim.AdamW(peer.trainer.model.parameters(), 1e-6)) for name, peer in others]
-    for turns in (1, 1, 3, 5):                                                  # the first is the warm-up
-        works = {name: lambda peer=peer, own=own: there(peer, own) for name, peer, own in peered}
-        measure(f"step, {turns} turns", {"here": here, **works}, repeats)
+    for n in turns:
+        works = {"here": lambda: forced(policy, samples, n), **({"TRL": lambda: peer.generate(n)} if peer else {})}
+        made, first = measure(f"generate, {n} turns", works, repeats)
+        rows = [t for group in made["here"] for t in group]
+        works = {"here": lambda: learn(optimizer, lambda rows: train_on(policy, rows), rows),
+                 **({"TRL": lambda: learn(theirs, peer.train_on, made["TRL"])} if peer else {})}
+        _, second = measure(f"update, {n} turns", works, repeats)
+        total = {name: first[name] + second[name] for name in works}
+        print(f"step, {n} turns: " + report(total), flush=True)
+        floor = sum(floors(policy, made["here"]))
+        print(f"  floor {floor:.2f}; " + ", ".join(f"{name} {total[name] / floor:.1f} times that" for name in works), flush=True)
 
 
 def memory(vocabulary=152_064, actions=4096, hidden=128):
@@ -600,9 +596,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of rollout, update and step; medians are printed")
+    parser.add_argument("--turns", type=int, nargs="*", default=[1, 1, 3, 5], help="of these three; the first warms up")
     args = parser.parse_args()
     timed = args.benchmark in ("rollout", "update", "step")
-    BENCHMARKS[args.benchmark](*[args.repeats] if timed else [])
+    BENCHMARKS[args.benchmark](*[args.turns, args.repeats] if timed else [])
 
 
 if __name__ == "__main__":
