@@ -44,7 +44,7 @@ MEASURES = {                                                        # of one run
     "empty calls": lambda rows: mean(rows[-5:], "empty_calls"),
 }
 EXPECTED = [                                                        # arm, measure, sign of arm - base, in words
-    ("no tool reward", "change of calls", -1, "without the tool reward calls fall, with it they hold or grow"),
+    ("no tool reward", "change of calls", -1, "without the tool reward calls fall, against a run with it"),
     ("no tool reward", "held out, sampled", -1, "without the tool reward accuracy ends lower"),
     ("random groups", "correct, A < 0", +1, "ranking by std lowers the share of correct trajectories with A < 0"),
     ("random groups", "early accuracy", -1, "ranking by std helps early"),
