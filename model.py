@@ -96,8 +96,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
             total = scores.sub_(top).exp_().sum(-1, keepdim=True)
             out, total = scores.to(v.dtype) @ v / total.to(v.dtype), total.log() + top
         else:
-            k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=block.allowed[:, None], scale=scaling)
+            grouped = q.device.type == "cpu"        # on a GPU no fast kernel takes a mask and shares key heads
+            k, v = (k, v) if grouped else (x.repeat_interleave(shared, 1) for x in (k, v))
+            mask = block.allowed[:, None]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
         return [x.reshape(rows, heads, length, -1).transpose(1, 2).flatten(0, 1) for x in (out, total) if x is not None]
     for blocks, place in layout.passes:
         parts.append([(torch.cat(x) if len(x) > 1 else x[0])[place] for x in zip(*map(look, blocks))])
