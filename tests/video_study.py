@@ -2,9 +2,9 @@
 
 Three policies get the same budget: cold start on the same clips, the same number of reinforcement steps, prompts a step
 and rollouts a prompt. One looks on demand; the others have uniform frames in the context and no tool, and their cold
-start is lessons in seeing, then the right answers. All answer the same held-out puzzles. Runs go into --out; what is finished
-is kept, and a run that was stopped goes on from its last checkpoint. Leaves docs/video.png and prints the table, with
-what a perfect reader of the same frames could get: a flash of half a second is not in every frame of a second.
+start is lessons in seeing, then the right answers. All answer the same held-out puzzles. Runs go into --out; what is
+finished is kept, and a run that was stopped goes on from its last checkpoint. Leaves docs/video.png and prints the
+table, with what a perfect reader of the same frames could get: a flash of half a second can fall between two frames.
 """
 import argparse
 import json
