@@ -400,7 +400,7 @@ def log(run, metrics, groups, kept, bar):
         if "eval_accuracy" in metrics or run.step == run.config.steps:
             write_report(run.out / "rollouts.html", sum(groups, []), f"Step {run.step}")
             curves(run.out / "curves.png", [{"step": 0, **run.start}, *run.rows])
-        if why:
+        if why and kept:
             torch.save(kept, run.out / "nonfinite.pt")
     if why:
         raise SystemExit(f"train.py: {why}" if run.rank == 0 else 1)

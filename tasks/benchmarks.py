@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 from PIL import Image
@@ -359,7 +358,7 @@ def _tir_rule(text, row):
     numbers, wanted = ([x.lstrip("0") or "0" for x in re.findall(r"\d+", part)] for part in (text, gold))
     if task == "jigsaw":  # share of places right, in the first run of as many numbers
         runs = map(partial(re.findall, r"\d+"), re.findall(r"[\d\s,\uff0c]+", text))
-        return next((fmean(map(str.__eq__, run, wanted)) for run in runs if len(run) == len(wanted)), None)
+        return next((float(np.mean([*map(str.__eq__, run, wanted)])) for run in runs if len(run) == len(wanted)), None)
     if task == "word_search" and len(wanted) == 2:
         pair = re.search(r"\b(\d+)\s*,\s*(\d+)\b", text)
         return [x.lstrip("0") or "0" for x in pair.groups()] == wanted if pair else None

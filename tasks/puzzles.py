@@ -14,11 +14,7 @@ The demonstrations are of mixed quality on purpose: the shares of looks and the 
 reinforcement learning its work. What an observation shows comes from the real sandbox, so the texts never quote one.
 Everything derives from (task, seed, index, split). Whether a scene is held out is decided by its own checksum.
 """
-import hashlib
-import os
-import re
-import tempfile
-import zlib
+import hashlib, os, re, tempfile, zlib
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
