@@ -259,7 +259,7 @@ class Script:
 
 
 class Plain(Script):
-    """Stands in for a policy: `model.generate` over everything so far, in every turn again, for every row of a group."""
+    """Stands in for a policy: `model.generate` over everything so far, again in every turn and row of a group."""
 
     def __init__(self, policy, rows):
         super().__init__(policy, [])
@@ -278,8 +278,8 @@ class Plain(Script):
         images = {} if pixels is None else dict(pixel_values=pixels.to(policy.device, policy.model.dtype),
                                                 image_grid_thw=grid.to(policy.device))
         sampling = dict(sampling, do_sample=True, temperature=temperature) if temperature else {}
-        settings = GenerationConfig(max_new_tokens=max(budget.values()), eos_token_id=sorted(policy.ends),
-                                    pad_token_id=policy.end, output_logits=True, return_dict_in_generate=True, **sampling)
+        settings = GenerationConfig(max_new_tokens=max(budget.values()), eos_token_id=sorted(policy.ends), **sampling,
+                                    pad_token_id=policy.end, output_logits=True, return_dict_in_generate=True)
 
         def stopped(ids, _):
             return torch.tensor([policy.stops(row[width:].tolist()) for row in ids], device=ids.device)
