@@ -90,8 +90,8 @@ class Config:
     name: str = ""                          # the run's name there; none: the output folder's and the time of the start
 
 
-LAPTOP = dict(steps=50, batch_size=8, max_new_tokens=96, max_context=2048, lr=1.5e-4, warmup=4, timeout=10.0,
-              tokens_per_microbatch=2048, eval_every=25)
+LAPTOP = dict(steps=80, batch_size=8, max_new_tokens=96, max_context=2048, lr=1.5e-4, warmup=4, timeout=10.0,
+              tokens_per_microbatch=2048, eval_every=20)
 COLD_START = (                              # the tiny policy's SFT: first to see, then to look
     (captions, 2400, dict(steps=80, batch_size=96, lr=3e-3, save_every=0)),
     (demonstrations, 1500, dict(steps=140, batch_size=32, lr=2.5e-3, save_every=0)))

@@ -24,7 +24,7 @@ import train  # noqa: E402
 
 DOCS = ROOT / "docs"
 COLD_START = '{"aim": 0.60, "looks": [0.35, 0.05, 0.10, 0.20, 0.30]}'   # --difficulty of its demonstrations
-SETTING = {**train.LAPTOP, "difficulty": '{"hint": 0.78}', "steps": 40, "batch_size": 6, "eval_every": 40,
+SETTING = {**train.LAPTOP, "difficulty": '{"hint": 0.90}', "steps": 40, "batch_size": 6, "eval_every": 40,
            "save_every": 0}
 BASE = "as in the paper"
 ARMS = {BASE: [], "no tool reward": ["--tool_reward", "0"], "random groups": ["--rank", "random"],
