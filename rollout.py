@@ -25,7 +25,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from data import DataError, Sample, messages, open_image, uniform_frames
 from model import CLOSING_TAGS, Action
 from reward import advantages, extract_answer
-from sandbox import Sandbox
+from sandbox import Sandbox, warm
 
 CODE = re.compile(r"<code>\s*```python\n(.*?)```\s*</code>", re.DOTALL)
 FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -135,7 +135,7 @@ def rollout(policy, samples, group_size, *, max_turns=5, max_new_tokens=10_240, 
     if not prompts:
         return groups
     policy, sampling = Plain(policy, rows) if slow else policy, dict(temperature=temperature, top_p=top_p, top_k=top_k)
-    with Tools(rows, timeout, unsafe_sandbox) as toolbox:
+    with Tools(rows, timeout, unsafe_sandbox, tools) as toolbox:
         state = policy.prefill(prompts, group_size)
         while state is not None:                        # a turn of all rows that are not done
             budget = {row: min(max_new_tokens, max_context - len(rows[row].tokens)) for row in state.order}
@@ -198,11 +198,13 @@ class Tools:
     """The sandboxes of a batch, each made when its row first runs code; calls of different rows run concurrently.
     waited: seconds spent in `result`."""
 
-    def __init__(self, rows, timeout, unsafe):
+    def __init__(self, rows, timeout, unsafe, allowed=True):
         self.rows, self.settings, self.waited = rows, dict(timeout=timeout, unsafe=unsafe), 0.0
+        self.wanted = min(len(rows), 64) if allowed else 0      # sandboxes to prepare, at 5 MiB each
         self.pool, self.boxes, self.calls = ThreadPoolExecutor(16), {}, {}
 
     def __enter__(self):
+        warm(self.wanted)
         return self
 
     def __exit__(self, *_):
@@ -212,6 +214,7 @@ class Tools:
             self.pool.shutdown(wait=wait, cancel_futures=True)
         for box in self.boxes.values():
             box.close()
+        warm(self.wanted)                               # while the policy learns from this batch
 
     def start(self, row, code):
         """Run code in the row's sandbox, in the background."""

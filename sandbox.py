@@ -150,15 +150,23 @@ class Sandbox(AbstractContextManager):
 
 # ---- the trainer's side: the forking process and the children it has prepared
 _send = getattr(signal, "pidfd_send_signal", os.kill)           # a pidfd never means a later process of that number
-_pool = types.SimpleNamespace(server=None, lock=threading.RLock())
+_pool = types.SimpleNamespace(server=None, waiting=WAITING, lock=threading.RLock())
 os.register_at_fork(after_in_child=lambda: vars(_pool).update(server=None, lock=threading.RLock()))
+
+def warm(count):
+    """Have `count` children wait, made in the background while the policy generates or learns. Returns at once."""
+    with _pool.lock, suppress(OSError):                         # a dead forking process is replaced at the next call
+        if _pool.server is None or _pool.server.poll() is not None: _launch()
+        _pool.control.send(b"f" * (count - _pool.waiting))
+        _pool.waiting = max(count, _pool.waiting)
 
 def _take():
     """A prepared child: the channel to it, its pidfd (where there is none, its number), its scratch directory."""
     with _pool.lock:
         if _pool.server is None or _pool.server.poll() is not None: _launch()
         try:
-            _pool.control.send(b"f")                            # one more, so that some are always prepared
+            if _pool.waiting > WAITING: _pool.waiting -= 1
+            else: _pool.control.send(b"f")                      # one more, so that some are always prepared
             message, fds, _, _ = socket.recv_fds(_pool.control, 4096, 2)
             for fd in fds: os.set_inheritable(fd, False)
             pid, scratch = json.loads(message)
@@ -174,6 +182,7 @@ def _launch():
     _pool.control, theirs = socket.socketpair()
     _pool.control.settimeout(START)
     _pool.control.send(b"f" * WAITING)
+    _pool.waiting = WAITING
     trainer = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else os.pipe()[0]      # readable when we are gone
     packages = [path for path in sys.path if path.endswith("-packages")]        # and no folder of somebody's projects
     libraries = [f"{prefix}/{lib}" for prefix in (sys.prefix, sys.base_prefix) for lib in ("lib", "lib64")]
@@ -238,7 +247,7 @@ def _serve(control, trainer, packages, *reads):
     poller.register(trainer, select.POLLIN)
     while trainer not in (ready := dict(poller.poll(None if spaces else 100))):
         for name in () if spaces else os.listdir(root): _watch(int(name), f"{root}/{name}")
-        if ready and not (requests := control.recv(4096)): break
+        if ready and not (requests := control.recv(WAITING)): break     # a few, then watch again
         for _ in requests if ready else ():
             theirs, ours = socket.socketpair()
             if not (pid := os.fork()):

@@ -1052,3 +1052,22 @@ def shown(tmp_path):
         for path in paths:
             script += [f"mkdir -p {path}", f"mount --rbind {home / path.relative_to(folder)} {path}"]
     return "; ".join([*script, "ulimit -c 0", 'exec "$@"'])
+
+
+def test_children_are_made_ahead_when_asked_for():
+    def are(count):
+        assert eventually(lambda: len(family(os.getpid())) == count)
+    with Sandbox():
+        time.sleep(0.5)
+        before = len(family(os.getpid()))
+        sandbox.warm(0)                                         # less than always wait: nothing to do
+    are(before - 1)
+    sandbox.warm(sandbox.WAITING + 3)
+    are(before + 2)
+    boxes = [Sandbox() for _ in range(3)]                       # of those that wait: no other is made
+    assert [box.run("print(1)").text for box in boxes] == ["1\n"] * 3
+    are(before + 2)
+    boxes.append(Sandbox())                                     # from here on each is replaced, so that some always wait
+    are(before + 3)
+    for box in boxes:
+        box.close()
