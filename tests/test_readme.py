@@ -35,7 +35,8 @@ def test_every_flag_of_the_readme_exists():
     import evaluate
     import train
     known = {field.name for cls in (train.Config, evaluate.EvalConfig) for field in fields(cls)}
-    used = set(re.findall(r"--(\w+)", (ROOT / "README.md").read_text())) - {"nproc_per_node", "help", "quick", "seeds"}
+    used = set(re.findall(r"--(\w+)", (ROOT / "README.md").read_text())) - {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint",
+                                                                                       "shutdown_timeout", "help", "quick", "seeds"}
     assert not used - known, used - known
 
 
