@@ -136,14 +136,14 @@ def causal(table, real, before=None, seen=None):
 
 
 class Store:
-    """Keys and values of `rows` sequences by layer, (rows, H, capacity, D) each, written in place."""
+    """Keys and values of `rows` sequences by layer, (rows, H, capacity, D) each, written in place; limit: longest."""
     spare = 0.5                                         # room that a store gets when it grows, as a part of its length
 
     def __init__(self, rows, capacity=0):
         self.rows, self.limit, self.layers = rows, capacity, {}
 
     def write(self, layer, key, value, row, slot):
-        """Token i of key and value (H, N, D) goes to [row[i], slot[i]]; self.limit is the longest sequence then."""
+        """Token i of key and value (H, N, D) goes to [row[i], slot[i]]."""
         old = self.layers.get(layer)
         if old is None or old[0].shape[2] < self.limit:
             capacity = self.limit if old is None else int(self.limit * (1 + self.spare))
@@ -153,9 +153,9 @@ class Store:
         for x, new in zip(self.layers[layer], (key, value)):
             x[row, :, slot] = new.transpose(0, 1)
 
-    def slice(self, lo, hi):
-        """Function of a layer -> keys and values (hi - lo, H, limit, D)."""
-        return lambda layer, limit=self.limit: [x[lo:hi, :, :limit] for x in self.layers[layer]]
+    def read(self, rows, limit):
+        """Function of a layer -> the first `limit` keys and values of `rows`, a slice or a tensor."""
+        return lambda layer: [x[rows, :, :limit] for x in self.layers[layer]]
 
     def swap(self, a, b):
         """Exchange rows a[i] and b[i]."""
@@ -191,6 +191,19 @@ class State:
         self.shown = ragged(lengths, device)[1][:, None]
         self.order, self.owner = [*range(n)], [i for i in range(len(lengths)) for _ in range(group_size)]
         self.length, self.position, self.pending, self.logits = [0] * n, [0] * n, [[]] * n, None
+
+    def behind(self, lo, table, real, start):
+        """Blocks of new tokens (R, T) that look at their own rows, from slot lo on, where they come after start (R,)
+        others; cut along T, so that one long observation is not everybody's."""
+        new = real.sum(1).tolist()
+        begin, end = 0, sorted(new)[len(new) // 2]
+        while rows := [i for i, n in enumerate(new) if n > begin]:
+            limit = max(self.length[lo + i] - max(0, new[i] - end) for i in rows)
+            position = start[rows, None] + torch.arange(begin, min(end, table.shape[1]), device=table.device)
+            allowed = torch.arange(limit, device=table.device) <= position[..., None]           # (rows, Q, limit)
+            slots = torch.tensor(rows) + lo if len(rows) < len(new) else slice(lo, lo + len(new))
+            yield Block(table[rows, begin:end], real[rows, begin:end], self.own.read(slots, limit), allowed)
+            begin, end = end, 2 * end
 
     def front(self, keep, drop=False):
         """Bring the slots `keep` (ascending) to the front by swaps with slots that are not kept; drop these."""
@@ -281,12 +294,11 @@ class Policy:
         start = torch.tensor(state.length[lo:hi], device=self.device)
         state.length[lo:hi] = [n + len(i) for n, i in zip(state.length[lo:hi], ids)]
         state.own.limit = max(state.length[lo:hi])
-        ahead = start[:, None, None] + torch.arange(table.shape[1], device=self.device)[:, None]
-        own = Block(table, real, state.own.slice(lo, hi), torch.arange(state.own.limit, device=self.device) <= ahead)
         owner = torch.tensor(state.owner[lo:hi], device=self.device)[row]       # (N,)
         group, live = ragged(owner.bincount(minlength=state.prompts.rows), self.device)         # (P, its tokens)
-        shared = Block(owner.argsort(stable=True)[group], live, state.prompts.slice(0, state.prompts.rows), state.shown)
-        layout = Layout([[shared], [own]], state.own, row + lo, slot + start[row])
+        prompts = state.prompts.read(slice(None), state.prompts.limit)
+        shared = Block(owner.argsort(stable=True)[group], live, prompts, state.shown)
+        layout = Layout([[shared], [*state.behind(lo, table, real, start)]], state.own, row + lo, slot + start[row])
         return self.forward(ids, positions, layout, items)
 
     def forward(self, ids, positions, layout, items=(), running=True):
@@ -436,9 +448,9 @@ def hidden(model, ids, positions, layout, pixels, grid, last=None, vision=False)
 def score(model, ids, positions, layout, pixels, grid, select, targets, ban, temperature):
     """Log-probs (A,) of targets (A,) at the packed positions select (A,), and entropies (A,) without gradient."""
     def head(x, target):
-        logprobs = (model.lm_head(x).float() / temperature + ban).log_softmax(-1)       # (chunk, V)
+        logprobs = torch.add(ban, model.lm_head(x), alpha=1 / temperature).log_softmax(-1)      # (chunk, V)
         with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
         return logprobs.gather(1, target[:, None])[:, 0], entropy
     x = hidden(model, ids, positions, layout, pixels, grid, vision=isinstance(model, FSDPModule))[select]
     if len(x) * len(ban) <= HEAD_LOGITS:

@@ -137,6 +137,18 @@ def test_every_token_is_fed_once(policy, samples):
     assert policy.images_fed == 3 + sum(len(observations(policy)[row % 3][1]) for row in (0, 2, 3, 4, 5))
 
 
+def test_one_long_observation_is_not_padding_for_all(policy, samples, monkeypatch):
+    prompts, queries, block = [policy.encode(messages(sample), sample.images) for sample in samples], [], model.Block
+    state = policy.prefill(prompts, 6)
+    policy.generate(state, dict.fromkeys(range(18), 3), temperature=0)
+    monkeypatch.setattr(model, "Block", lambda *fields: queries.append(fields[0].numel()) or block(*fields))
+    seen = {row: observations(policy)[0][0] for row in range(18)}
+    seen[7] = model.Encoded(seen[7].ids * 20, None, seen[7].grid)
+    policy.extend(state, seen)
+    new = sum(len(item.ids) + 1 for item in seen.values())
+    assert 2 * new <= sum(queries) <= 4 * new < 18 * len(seen[7].ids)    # two passes: the prompts, the rows themselves
+
+
 def scripted(policy, group_size=3):
     """Trajectories with real tool calls, of one, two and three turns, and a question without an image."""
     code = "<code>\n```python\nimage_clue_0.crop((1,2,60,40)).show()\nprint(%d)\n```\n</code>"
