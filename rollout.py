@@ -25,7 +25,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from data import DataError, Sample, messages, open_image, uniform_frames
 from model import CLOSING_TAGS, Action
 from reward import advantages, extract_answer
-from sandbox import Sandbox, warm
+from sandbox import Packed, Sandbox, warm
 
 CODE = re.compile(r"<code>\s*```python\n(.*?)```\s*</code>", re.DOTALL)
 FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -135,7 +135,7 @@ def rollout(policy, samples, group_size, *, max_turns=5, max_new_tokens=10_240, 
     if not prompts:
         return groups
     policy, sampling = Plain(policy, rows) if slow else policy, dict(temperature=temperature, top_p=top_p, top_k=top_k)
-    with Tools(rows, timeout, unsafe_sandbox, tools) as toolbox:
+    with Tools(rows, timeout, unsafe_sandbox, tools and max_turns > 1) as toolbox:
         state = policy.prefill(prompts, group_size)
         while state is not None:                        # a turn of all rows that are not done
             budget = {row: min(max_new_tokens, max_context - len(rows[row].tokens)) for row in state.order}
@@ -195,36 +195,45 @@ def observe(policy, t, result, max_context, max_images):
 
 
 class Tools:
-    """The sandboxes of a batch, each made when its row first runs code; calls of different rows run concurrently.
-    waited: seconds spent in `result`."""
+    """The sandboxes of a batch, made while the policy reads its prompts, since a first call would wait for that; calls
+    of different rows run concurrently. waited: seconds spent in `result`."""
 
     def __init__(self, rows, timeout, unsafe, allowed=True):
-        self.rows, self.settings, self.waited = rows, dict(timeout=timeout, unsafe=unsafe), 0.0
-        self.wanted = min(len(rows), 64) if allowed else 0      # sandboxes to prepare, at 5 MiB each
-        self.pool, self.boxes, self.calls = ThreadPoolExecutor(16), {}, {}
+        self.rows, self.settings, self.waited = rows if allowed else [], dict(timeout=timeout, unsafe=unsafe), 0.0
+        self.pool, self.packed, self.boxes, self.calls = ThreadPoolExecutor(16), {}, {}, {}
 
     def __enter__(self):
-        warm(self.wanted)
+        self.warm()
+        for row, t in enumerate(self.rows):
+            self.boxes[row] = self.pool.submit(self.make, t)
         return self
 
-    def __exit__(self, *_):
-        for wait in (False, True):                      # closing ends running calls; then those that were just starting
-            for box in list(self.boxes.values()):
-                box.close()
-            self.pool.shutdown(wait=wait, cancel_futures=True)
-        for box in self.boxes.values():
-            box.close()
-        warm(self.wanted)                               # while the policy learns from this batch
+    def __exit__(self, failed, *_):
+        for row in list(self.boxes):
+            self.close(row, wait=bool(failed))
+        self.pool.shutdown(wait=bool(failed))
+        self.warm()                                     # while the policy learns from this batch
+
+    def warm(self):
+        """Have sandboxes prepared, at 5 MiB each."""
+        for videos in (False, True):
+            warm(min(128, sum(bool(t.sample.videos) == videos for t in self.rows)), videos)
+
+    def make(self, t):
+        """A trajectory's sandbox; its group shares the packed images."""
+        images = self.packed.get(id(t.sample)) or Packed(t.images[:t.prompt_images])
+        self.packed[id(t.sample)] = images
+        return Sandbox(images, t.sample.videos, **self.settings)
 
     def start(self, row, code):
         """Run code in the row's sandbox, in the background."""
+        t, made = self.rows[row], self.boxes[row]
+        seed = hash(tuple(t.tokens)) % 2 ** 32          # so that a resumed run draws what an uninterrupted one does
+
         def run():
-            if row not in self.boxes:
-                t = self.rows[row]
-                self.boxes[row] = Sandbox(t.images[:t.prompt_images], t.sample.videos, **self.settings)
-                seed = hash(tuple(t.tokens)) % 2 ** 32      # so that a resumed run draws what an uninterrupted one does
-                self.boxes[row].run(f"__import__('random').seed({seed}); __import__('numpy').random.seed({seed})")
-            return self.boxes[row].run(code)
+            if not t.n_tool_calls:
+                made.result().run(f"__import__('random').seed({seed}); __import__('numpy').random.seed({seed})")
+            return made.result().run(code)
         self.calls[row] = self.pool.submit(run)
 
     def result(self, row):
@@ -234,10 +243,15 @@ class Tools:
         self.waited += time.perf_counter() - began
         return result
 
-    def close(self, row):
-        """The row is done: its sandbox ends."""
-        if row in self.boxes:
-            self.pool.submit(self.boxes.pop(row).close)
+    def close(self, row, wait=False):
+        """The row is done: its sandbox ends, in the background; or now, with the call that runs in it."""
+        box = self.boxes.pop(row, None)
+
+        def end():
+            if not box.exception():
+                box.result().close()
+        if box and not box.cancel():
+            end() if wait else self.pool.submit(end)
 
 
 class Script:

@@ -58,17 +58,24 @@ class Result:
     error: str | None
     frames: list
 
+class Packed:
+    """PIL images as a process of its own takes them: made once, for any number of sandboxes."""
+    def __init__(self, images):
+        images = [image if type(image) is Image.Image else image.copy() for image in images]     # a file's: loaded
+        self.count, self.bytes = len(images), pickle.dumps(images)
+
 class Sandbox(AbstractContextManager):
     """A persistent Python namespace, in a process of its own, for code that nobody trusts. A context manager.
 
-    images: PIL images, bound as image_clue_0…; videos: paths, bound as video_clue_0… (decord VideoReaders that open at
-    first use). timeout: seconds of wall time a call. output_limit: characters of text a call. Raises SandboxError where
-    the kernel lacks Landlock or seccomp, unless `unsafe`, and OSError for a video that cannot be opened.
+    images: PIL images or Packed ones, bound as image_clue_0…; videos: paths, bound as video_clue_0… (decord
+    VideoReaders that open at first use). timeout: seconds of wall time a call. output_limit: characters of text a call.
+    Raises SandboxError where the kernel lacks Landlock or seccomp, unless `unsafe`, and OSError for a video that cannot
+    be opened.
     """
     def __init__(self, images=(), videos=(), timeout=30.0, *, unsafe=False, output_limit=10_000):
         self.videos, self.timeout, self.unsafe = list(videos), timeout, unsafe
-        self._job, self._lock = ([image.copy() for image in images], output_limit), threading.RLock()
-        self._clue = len(self._job[0])                          # number of the next figure
+        self._images = images if isinstance(images, Packed) else Packed(images)
+        self._clue, self._limit, self._lock = self._images.count, output_limit, threading.RLock()
         self._start()
 
     def close(self, *_):
@@ -85,13 +92,13 @@ class Sandbox(AbstractContextManager):
             videos = [files.enter_context(open(path, "rb")).fileno() for path in self.videos]
             for _ in range(WAITING + 3):                        # children that waited may have died
                 with suppress(OSError, EOFError, ValueError):
-                    self._channel, self._process, scratch = _take()
+                    self._channel, self._process, scratch = _take(bool(videos))
                     self._owner = os.getpid()
                     self._end = weakref.finalize(self, _end, self._channel, self._process, scratch, self._owner)
                     self._end.atexit = False                    # at exit the forking process ends what is left
                     self._channel.settimeout(START)
-                    socket.send_fds(self._channel, [b"j"], videos)
-                    missing, _ = self._exchange(self._job, START)
+                    if videos: socket.send_fds(self._channel, [b"v"], videos)
+                    missing, _ = self._exchange((self._limit,), START, self._images.bytes)
                     break
             else:
                 raise SandboxError("the sandbox process does not start: can this Python import numpy, matplotlib, PIL?")
@@ -111,7 +118,7 @@ class Sandbox(AbstractContextManager):
             try:
                 _send(self._process, signal.SIGCONT)
                 text, error, frames, images = self._exchange((code, self._clue, seconds), seconds)
-                text, error = (t if t is None else str(t)[:self._job[1] + 99].encode("utf-8", "replace").decode()
+                text, error = (t if t is None else str(t)[:self._limit + 99].encode("utf-8", "replace").decode()
                                for t in (text or "", error))
                 frames = [(int(video), int(frame)) for video, frame in frames]
                 _send(self._process, signal.SIGSTOP)            # threads that outlive a call wait for the next
@@ -124,13 +131,13 @@ class Sandbox(AbstractContextManager):
             self._clue += len(images)
             return Result(notice + text, images, error, frames)
 
-    def _exchange(self, request, seconds):
-        """Send a request; the values of its reply, of which nothing is trusted, and its images."""
+    def _exchange(self, request, seconds, more=b""):
+        """Send a request and `more`; the values of its reply, of which nothing is trusted, and its images."""
         call, deadline = os.urandom(16), time.monotonic() + seconds + GRACE
         self._channel.settimeout(seconds)
-        self._channel.sendall(pickle.dumps((call, *request)))
+        for part in (pickle.dumps((call, *request)), more): self._channel.sendall(part)
         sender, size = HEADER.unpack(self._receive(HEADER.size, deadline))
-        if sender != call or size > 24 * self._job[1] + 2 ** 18:
+        if sender != call or size > 24 * self._limit + 2 ** 18:
             raise ValueError("its process sent a malformed reply")
         *values, sizes = json.loads(self._receive(size, deadline))
         if len(sizes) > MAX_FIGURES or not all(w > 0 < h and w * h <= MAX_PIXELS for w, h in sizes):
@@ -150,24 +157,23 @@ class Sandbox(AbstractContextManager):
 
 # ---- the trainer's side: the forking process and the children it has prepared
 _send = getattr(signal, "pidfd_send_signal", os.kill)           # a pidfd never means a later process of that number
-_pool = types.SimpleNamespace(server=None, waiting=WAITING, lock=threading.RLock())
+_pool = types.SimpleNamespace(server=None, lock=threading.RLock())
 os.register_at_fork(after_in_child=lambda: vars(_pool).update(server=None, lock=threading.RLock()))
 
-def warm(count):
-    """Have `count` children wait, made in the background while the policy generates or learns. Returns at once."""
+def warm(count, videos=False):
+    """Have `count` children wait, for inputs with or without videos, while the policy generates. Returns at once."""
     with _pool.lock, suppress(OSError):                         # a dead forking process is replaced at the next call
         if _pool.server is None or _pool.server.poll() is not None: _launch()
-        _pool.control.send(b"f" * (count - _pool.waiting))
-        _pool.waiting = max(count, _pool.waiting)
+        _pool.control[videos].send(b"f" * (count - _pool.waiting[videos]))
+        _pool.waiting[videos] = max(count, _pool.waiting[videos])
 
-def _take():
+def _take(videos):
     """A prepared child: the channel to it, its pidfd (where there is none, its number), its scratch directory."""
     with _pool.lock:
-        if _pool.server is None or _pool.server.poll() is not None: _launch()
+        warm(WAITING + 1, videos)                               # more than we take: some are always prepared
         try:
-            if _pool.waiting > WAITING: _pool.waiting -= 1
-            else: _pool.control.send(b"f")                      # one more, so that some are always prepared
-            message, fds, _, _ = socket.recv_fds(_pool.control, 4096, 2)
+            message, fds, _, _ = socket.recv_fds(_pool.control[videos], 4096, 2)
+            _pool.waiting[videos] -= 1
             for fd in fds: os.set_inheritable(fd, False)
             pid, scratch = json.loads(message)
         except (OSError, ValueError):                           # it died
@@ -179,18 +185,17 @@ def _launch():
     """Start the forking process by exec, in a session no Ctrl-C reaches, its source from stdin: no path of ours."""
     while (spare := os.open(os.devnull, os.O_RDWR)) < 3: pass   # closed standard streams: not to become our sockets
     os.close(spare)
-    _pool.control, theirs = socket.socketpair()
-    _pool.control.settimeout(START)
-    _pool.control.send(b"f" * WAITING)
-    _pool.waiting = WAITING
+    _pool.control, theirs = zip(socket.socketpair(), socket.socketpair())       # for children without and with videos
+    for control in _pool.control: control.settimeout(START)
+    _pool.waiting = [0, 0]
     trainer = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else os.pipe()[0]      # readable when we are gone
     packages = [path for path in sys.path if path.endswith("-packages")]        # and no folder of somebody's projects
     libraries = [f"{prefix}/{lib}" for prefix in (sys.prefix, sys.base_prefix) for lib in ("lib", "lib64")]
     reads = {inner for path in (*libraries, *packages, *READS.split()) for inner in _but_for_us(path)}
     environment = dict(PATH="/usr/bin:/bin", LANG="C.UTF-8", MPLBACKEND="Agg", PYTHONUTF8="1", PYTHONSAFEPATH="1",
                        PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1", TMPDIR=os.getenv("TMPDIR", ""))
-    with theirs, open(__file__) as source, open(os.devnull, "w") as null, open(trainer):
-        fds = theirs.fileno(), trainer
+    with theirs[0], theirs[1], open(__file__) as source, open(os.devnull, "w") as null, open(trainer):
+        fds = theirs[0].fileno(), theirs[1].fileno(), trainer
         command = ["sh", "-c", SPACES, "sh", sys.executable, "-", *map(str, fds), ":".join(packages), *sorted(reads)]
         _pool.server = subprocess.Popen(command, stdin=source, stdout=null, stderr=null, env=environment, cwd="/",
                                         pass_fds=fds, start_new_session=True)
@@ -221,7 +226,7 @@ def _kernel(call, *arguments):
     if value < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return value
 
-def _serve(control, trainer, packages, *reads):
+def _serve(control, videos, trainer, packages, *reads):
     """Import once, enclose what the children share, fork a child a request, until the trainer is gone."""
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     sys.path += [path for path in packages.split(":") if path not in sys.path]
@@ -242,22 +247,23 @@ def _serve(control, trainer, packages, *reads):
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)               # the kernel reaps
     gc.collect()
     gc.freeze()                                                 # collections in children do not touch shared pages
-    control, trainer, poller = socket.socket(fileno=int(control)), int(trainer), select.poll()
-    poller.register(control, select.POLLIN)
-    poller.register(trainer, select.POLLIN)
+    controls = [socket.socket(fileno=int(fd)) for fd in (control, videos)]
+    poller, trainer = select.poll(), int(trainer)
+    for fd in (*controls, trainer): poller.register(fd, select.POLLIN)
     while trainer not in (ready := dict(poller.poll(None if spaces else 100))):
         for name in () if spaces else os.listdir(root): _watch(int(name), f"{root}/{name}")
-        if ready and not (requests := control.recv(WAITING)): break     # a few, then watch again
-        for _ in requests if ready else ():
-            theirs, ours = socket.socketpair()
-            if not (pid := os.fork()):
-                try:
-                    _child(ours.fileno(), reads, root, spaces)
-                finally:
-                    os._exit(1)
-            fds = [theirs.fileno()] + ([os.pidfd_open(pid)] if hasattr(os, "pidfd_open") else [])
-            socket.send_fds(control, [json.dumps((pid, None if spaces else f"{root}/{pid}")).encode()], fds)
-            for fd in (theirs.detach(), ours.detach(), *fds[1:]): os.close(fd)
+        for control in (control for control in controls if control.fileno() in ready):
+            if not (requests := control.recv(WAITING)): return  # a few, then watch again
+            for _ in requests:
+                theirs, ours = socket.socketpair()
+                if not (pid := os.fork()):
+                    try:
+                        _child(ours.fileno(), reads, root, spaces, control is controls[1])
+                    finally:
+                        os._exit(1)
+                fds = [theirs.fileno()] + ([os.pidfd_open(pid)] if hasattr(os, "pidfd_open") else [])
+                socket.send_fds(control, [json.dumps((pid, None if spaces else f"{root}/{pid}")).encode()], fds)
+                for fd in (theirs.detach(), ours.detach(), *fds[1:]): os.close(fd)
 
 def _watch(pid, scratch):
     """Where namespaces are refused, no kernel limit bounds a child's threads and scratch directory: kill instead."""
@@ -351,8 +357,8 @@ def _seccomp(*_):
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in [*program, refuse]))
     _kernel("prctl", 22, 2, struct.pack("HP", len(program) + 1, ctypes.addressof(code)), 0, 0)
 
-def _child(channel, reads, root, spaces):
-    """Give up what can be given up, wait for a job, lock the rest, run calls until the channel ends."""
+def _child(channel, reads, root, spaces, videos):
+    """Enclose itself, with the videos that are to be read if there will be any; wait for a job, run calls."""
     os.dup2(channel, 3)
     os.closerange(4, 1 << 20)
     scratch, missing = root if spaces else f"{root}/{os.getpid()}", []
@@ -365,16 +371,17 @@ def _child(channel, reads, root, spaces):
     sys.argv, sys.modules["__main__"], tempfile.tempdir = [""], types.ModuleType("__main__"), None
     space = vars(sys.modules["__main__"])
     console = _Console(space)
+    space.update(plt=console.plt, np=numpy, Image=Image)
     channel, requests, replies = socket.socket(fileno=3), open(3, "rb", closefd=False), open(3, "wb", closefd=False)
-    videos = socket.recv_fds(channel, 1, 250)[1]                # from here on somebody waits
-    call, images, console.limit = pickle.load(requests)
-    space.update({f"image_clue_{k}": image for k, image in enumerate(images)}, plt=console.plt, np=numpy, Image=Image)
+    videos = socket.recv_fds(channel, 1, 250)[1] if videos else ()
     space.update({f"video_clue_{k}": _video(k, fd, console) for k, fd in enumerate(videos)})
     for layer in (_landlock, _seccomp):
         try:
             layer(reads, scratch, videos)
         except (OSError, KeyError, AttributeError) as error:
             missing.append(f"{layer.__name__[1:]} ({error})")
+    call, console.limit = pickle.load(requests)                 # from here on somebody waits
+    space.update({f"image_clue_{k}": image for k, image in enumerate(pickle.load(requests))})
     reply = missing, []
     while True:
         reply = json.dumps(reply).encode()

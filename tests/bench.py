@@ -91,7 +91,7 @@ def sandbox(cycles=1000):
     def drain(count):
         """Take away children that wait: with none, each has to be made."""
         for _ in range(count):
-            for fd in socket.recv_fds(_pool.control, 4096, 2)[1]:
+            for fd in socket.recv_fds(_pool.control[0], 4096, 2)[1]:
                 os.close(fd)
     first = []
     by_itself()
@@ -125,7 +125,7 @@ def sandbox(cycles=1000):
         assert len(box.run(PLOT).images) == 1
 
     before = descendants(os.getpid())
-    _pool.control.send(b"f" * 32)
+    _pool.control[0].send(b"f" * 32)
     time.sleep(5)
     waiting = descendants(os.getpid()) - before
     print(f"a waiting sandbox: {statistics.mean(map(pss_mib, waiting)):.1f} MiB PSS (target 8)")
@@ -162,6 +162,7 @@ def sandbox(cycles=1000):
 
 # ------------------------------------------------------------------------------------------- rollout and update
 N_PROMPTS, GROUP, NEW_TOKENS, SIDE, PROMPT_TOKENS, REPEATS = 4, 8, 64, 112, 309, 5
+TOKENS, ROWS = 4096, 4                # of a micro-batch: here; of the others, where they are fastest
 
 
 def learner(hidden=256, layers=4, vocabulary=4160):
@@ -237,25 +238,33 @@ def swapped(*changes):
 def forced(policy, samples, turns, group=GROUP, **options):
     """Groups of forced lengths: NEW_TOKENS a turn, whatever they say, and a picture after all turns but the last."""
     import rollout as loop
-    stops = policy.stops
+    inner = getattr(policy, "policy", policy)                   # of a Refeed
+    stops = inner.stops
     with swapped((loop, "Sandbox", Look), (loop, "find_code", lambda text: "look"),
-                 (policy, "stops", lambda ids: stops(ids) and False or len(ids) == NEW_TOKENS)):
+                 (inner, "stops", lambda ids: stops(ids) and False or len(ids) == NEW_TOKENS)):
         return loop.rollout(policy, samples, group, max_turns=turns, max_new_tokens=NEW_TOKENS, max_context=10 ** 6, **options)
 
 
-def train_on(policy, trajectories):
-    """Forward, the trainer's loss, backward."""
+def train_on(policy, groups, tokens=TOKENS):
+    """Forward, the trainer's loss, backward, in the trainer's micro-batches."""
     import torch
-    from train import policy_loss
-    logprobs, _ = policy.logprobs(trajectories)
-    sampled = torch.tensor([x for t in trajectories for x in t.logprobs])
-    advantages = torch.tensor([float(i % 2 * 2 - 1) for i, t in enumerate(trajectories) for _ in t.logprobs])
-    loss, _ = policy_loss(logprobs, sampled, advantages, 0.2, 3.0)
-    (loss.sum() / len(sampled)).backward()
+    from train import microbatches, policy_loss
+    for batch in microbatches(groups, tokens):
+        logprobs, _ = policy.logprobs(batch)
+        sampled = torch.tensor([x for t in batch for x in t.logprobs])
+        advantages = torch.tensor([float(i % 2 * 2 - 1) for i, t in enumerate(batch) for _ in t.logprobs])
+        loss, _ = policy_loss(logprobs, sampled, advantages, 0.2, 3.0)
+        (loss.sum() / sum(len(t.logprobs) for group in groups for t in group)).backward()
+
+
+def plain_train_on(policy, trajectories, rows):
+    """What the packed update replaces, so many rows at a time: each with its prompt and images, padded, full logits."""
+    for i in range(0, len(trajectories), rows):
+        plain_logprobs(policy, trajectories[i:i + rows]).sum().backward()
 
 
 def plain_logprobs(policy, trajectories):
-    """What the packed update replaces: every row with its prompt and its images, padded, full logits."""
+    """Log-probs of all action tokens, with gradients."""
     import torch
     width = max(len(t.tokens) for t in trajectories)
     ids = torch.tensor([t.tokens + [policy.end] * (width - len(t.tokens)) for t in trajectories])
@@ -309,7 +318,6 @@ class Peer:
             train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "?"}]}]),
             processing_class=Processor(policy.image_processor, tokenizer, None, chat_template=template))
         self.trainer.model.train()
-        self.trainer.current_gradient_accumulation_steps = 1
         self.rows = []
         for sample in samples:
             prompt = [dict(m, content=[dict(part) for part in m["content"]]) for m in messages(sample)]
@@ -320,9 +328,13 @@ class Peer:
         self.trainer.max_tool_calling_iterations = turns - 1
         return self.trainer._generate_and_score_completions(self.rows)
 
-    def train_on(self, batch):
-        """Forward, its own loss, backward."""
-        self.trainer.compute_loss(self.trainer.model, batch).backward()
+    def train_on(self, batch, rows):
+        """Forward, its own loss, backward, so many rows at a time: as its own micro-batches are cut."""
+        from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
+        pieces = len(self.rows) // rows
+        self.trainer.current_gradient_accumulation_steps = pieces
+        for part in split_tensor_dict(split_pixel_values_by_grid(dict(batch)), pieces):
+            self.trainer.compute_loss(self.trainer.model, unsplit_pixel_values_by_grid(part)).backward()
 
 
 class Refeed:
@@ -436,12 +448,14 @@ def update(turns, repeats):
     for n in turns:
         groups = forced(policy, samples, n)
         rows = [t for group in groups for t in group]
-        apart = [dataclasses.replace(t, sample=dataclasses.replace(t.sample)) for t in rows]
-        scored = [dataclasses.replace(t, action_mask=[i >= t.prompt_length for i in range(len(t.tokens))],
-                                      logprobs=[0.0] * (len(t.tokens) - t.prompt_length)) for t in rows]
-        works = {"here": lambda: train_on(policy, rows), "prompt run for every row": lambda: train_on(policy, apart),
+        apart = [[dataclasses.replace(t, sample=dataclasses.replace(t.sample))] for t in rows]
+        scored = [[dataclasses.replace(t, action_mask=[i >= t.prompt_length for i in range(len(t.tokens))],
+                                       logprobs=[0.0] * (len(t.tokens) - t.prompt_length)) for t in group] for group in groups]
+        works = {"here": lambda: train_on(policy, groups), "prompt run for every row": lambda: train_on(policy, apart),
                  "all response tokens scored": lambda: train_on(policy, scored),
-                 "plain": lambda: plain_logprobs(policy, rows).sum().backward()}
+                 "one micro-batch": lambda: train_on(policy, groups, 10 ** 9),
+                 "plain": lambda: plain_train_on(policy, rows, len(rows)),
+                 f"plain, {ROWS} rows at a time": lambda: plain_train_on(policy, rows, ROWS)}
         _, medians = measure(f"update, {n} turns", works, repeats)
         _, floor = floors(policy, groups)
         print(f"  floor {floor:.2f}, here {medians['here'] / floor:.1f} times that", flush=True)
@@ -460,20 +474,22 @@ def step(turns, repeats):
         print("TRL is not installed (pip install trl): without it")
         peer = None
 
-    def learn(optimizer, train, batch):
-        train(batch)
+    def learn(optimizer, train):
+        train()
         optimizer.step()
         optimizer.zero_grad()
     for n in turns:
         works = {"here": lambda: forced(policy, samples, n), **({"TRL": lambda: peer.generate(n)} if peer else {})}
         made, first = measure(f"generate, {n} turns", works, repeats)
-        rows = [t for group in made["here"] for t in group]
-        works = {"here": lambda: learn(optimizer, lambda rows: train_on(policy, rows), rows),
-                 **({"TRL": lambda: learn(theirs, peer.train_on, made["TRL"])} if peer else {})}
+        groups, batch, split = made["here"], made.get("TRL"), f"TRL, {ROWS} rows at a time"
+        works = {"here": lambda: learn(optimizer, lambda: train_on(policy, groups))}
+        if peer:
+            works |= {"TRL": lambda: learn(theirs, lambda: peer.train_on(batch, len(peer.rows))),
+                      split: lambda: learn(theirs, lambda: peer.train_on(batch, ROWS))}
         _, second = measure(f"update, {n} turns", works, repeats)
-        total = {name: first[name] + second[name] for name in works}
+        total = {name: first.get(name, first.get("TRL")) + second[name] for name in works}
         print(f"step, {n} turns: " + report(total), flush=True)
-        floor = sum(floors(policy, made["here"]))
+        floor = sum(floors(policy, groups))
         print(f"  floor {floor:.2f}; " + ", ".join(f"{name} {total[name] / floor:.1f} times that" for name in works), flush=True)
 
 

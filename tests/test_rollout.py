@@ -1,4 +1,7 @@
 """The agent loop's protocol and limits, and the choice of what to train on."""
+import time
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -6,6 +9,7 @@ from PIL import Image
 from data import Sample
 from model import tiny_policy
 from rollout import EndReason, Script, Trajectory, find_code, rollout, select
+from sandbox import Sandbox
 
 ANSWER = "<answer>\n\\boxed{red}\n</answer>"
 
@@ -68,6 +72,29 @@ def test_without_tools_no_code_runs(policy):
     t = play(policy, code("print(1)"), ANSWER, tools=False)
     assert (t.end_reason, t.n_tool_calls, t.turns[0].code) == (EndReason.ERROR_IN_ACTION, 0, None)
     assert play(policy, ANSWER, tools=False).answer == "red"
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_no_sandbox_outlives_its_row(interrupted, policy, monkeypatch):
+    """Rows that never run code have one as well. When the loop fails, even a call that runs has ended before it does."""
+    made = []
+
+    class Recorded(Sandbox):
+        def __init__(self, *inputs, **settings):
+            super().__init__(*inputs, **settings)
+            made.append(self)
+    monkeypatch.setattr("rollout.Sandbox", Recorded)
+
+    def fail(t):
+        raise KeyboardInterrupt
+    turns = [(ANSWER,), (code("print(1)"), ANSWER), (code("import time; time.sleep(60)"), ANSWER)][:2 + interrupted]
+    samples = [Sample(str(i), "?", "red", images=(Image.new("RGB", (60, 60)),), turns=list(said)) for i, said in enumerate(turns)]
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        rollout(Script(policy, samples), samples, 1, timeout=90, on_turn=fail if interrupted else None)
+    deadline = time.monotonic() + (0 if interrupted else 20)
+    while any(box._end.alive for box in made) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(made) >= 1 and not any(box._end.alive for box in made)
 
 
 def test_bare_fences_and_several_blocks():
