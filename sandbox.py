@@ -18,7 +18,7 @@ Not covered:
     after 0.1 s, 0.1 s and a second.
   - unsafe=True where a layer is missing (not Linux, an old kernel): it contains mistakes, not attacks.
 """
-import ctypes, gc, io, json, linecache, os, pickle, platform, random, re, resource, select, signal, socket, struct
+import ctypes, functools, gc, io, json, linecache, os, pickle, platform, random, re, resource, select, signal, socket, struct
 import stat, subprocess, sys, tempfile, threading, time, traceback, types, warnings, weakref
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
@@ -245,6 +245,7 @@ def _serve(control, videos, trainer, packages, *reads):
         root = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
         subprocess.Popen(["sh", "-c", f"read _; {REMOVE}", root], stdin=subprocess.PIPE)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)               # the kernel reaps
+    with suppress(KeyError): _filter()
     gc.collect()
     gc.freeze()                                                 # collections in children do not touch shared pages
     controls = [socket.socket(fileno=int(fd)) for fd in (control, videos)]
@@ -341,8 +342,10 @@ def _landlock(reads, scratch, videos):
     _kernel(446, ruleset, 0)
     for fd in (ruleset, *rights): os.close(fd)
 
-def _seccomp(*_):
-    """The list of calls as a filter in the instructions of the kernel's packet filter."""
+@functools.cache
+def _filter():
+    """The list of calls in the instructions of the kernel's packet filter, made before the children are: a kernel
+    structure, and the memory that it points to."""
     machine, clone, fcntl, answers = CALLS[platform.machine()]
     allow, refuse, load, equal = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50001), 0x20, 0x15
     tests = {clone: [(load, 0, 0, 16), (0x45, 0, 1, 0x10000), allow, refuse],                   # threads only
@@ -355,7 +358,11 @@ def _seccomp(*_):
     for number, answer in tests.items():
         program += [(equal, 0, len(answer), number), *answer]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in [*program, refuse]))
-    _kernel("prctl", 22, 2, struct.pack("HP", len(program) + 1, ctypes.addressof(code)), 0, 0)
+    return struct.pack("HP", len(program) + 1, ctypes.addressof(code)), code
+
+def _seccomp(*_):
+    """System calls: those of the list, and nothing else."""
+    _kernel("prctl", 22, 2, _filter()[0], 0, 0)
 
 def _child(channel, reads, root, spaces, videos):
     """Enclose itself, with the videos that are to be read if there will be any; wait for a job, run calls."""
