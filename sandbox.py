@@ -212,6 +212,10 @@ def _end(channel, process, scratch, owner):
     channel.close()
     if owner == os.getpid():
         with suppress(ProcessLookupError):
+            _send(process, signal.SIGKILL)
+            if _send is not os.kill:                            # readable at its end: many may wait, and none spins
+                (ended := select.poll()).register(process, select.POLLIN)
+                ended.poll(2000)
             for _ in range(4000): time.sleep(_send(process, signal.SIGKILL) or 0.0005)
         if scratch: subprocess.run(["sh", "-c", REMOVE, scratch], stderr=subprocess.DEVNULL)
     if _send is not os.kill: os.close(process)
