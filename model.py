@@ -192,10 +192,9 @@ class State:
         self.order, self.owner = [*range(n)], [i for i in range(len(lengths)) for _ in range(group_size)]
         self.length, self.position, self.pending, self.logits = [0] * n, [0] * n, [[]] * n, None
 
-    def behind(self, lo, table, real, start):
-        """Blocks of new tokens (R, T) that look at their own rows, from slot lo on, where they come after start (R,)
-        others; cut along T, so that one long observation is not everybody's."""
-        new = real.sum(1).tolist()
+    def behind(self, lo, new, table, real, start):
+        """Blocks of tokens (R, T), new[i] of them for slot lo + i, that look at their own rows, where they come after
+        start (R,) others; cut along T, so that one long observation is not everybody's."""
         begin, end = 0, sorted(new)[len(new) // 2]
         while rows := [i for i, n in enumerate(new) if n > begin]:
             limit = max(self.length[lo + i] - max(0, new[i] - end) for i in rows)
@@ -289,16 +288,18 @@ class Policy:
     def forward_rows(self, state, lo, hi, ids, positions, items=()):
         """Feed the list ids[i] to slot lo + i at rotary positions (3, N) -> logits (hi - lo, V) after its last token.
         Each token looks at its prompt, together with all others of the same, and at its own row."""
-        table, real = ragged([len(i) for i in ids], self.device)                # (R, Q)
+        new = [len(i) for i in ids]
+        table, real = ragged(new, self.device)                                  # (R, Q)
         row, slot = real.nonzero().T
         start = torch.tensor(state.length[lo:hi], device=self.device)
-        state.length[lo:hi] = [n + len(i) for n, i in zip(state.length[lo:hi], ids)]
+        state.length[lo:hi] = [n + more for n, more in zip(state.length[lo:hi], new)]
         state.own.limit = max(state.length[lo:hi])
         owner = torch.tensor(state.owner[lo:hi], device=self.device)[row]       # (N,)
         group, live = ragged(owner.bincount(minlength=state.prompts.rows), self.device)         # (P, its tokens)
         prompts = state.prompts.read(slice(None), state.prompts.limit)
         shared = Block(owner.argsort(stable=True)[group], live, prompts, state.shown)
-        layout = Layout([[shared], [*state.behind(lo, table, real, start)]], state.own, row + lo, slot + start[row])
+        passes = [shared], [*state.behind(lo, new, table, real, start)]
+        layout = Layout(passes, state.own, row + lo, slot + start[row])
         return self.forward(ids, positions, layout, items)
 
     def forward(self, ids, positions, layout, items=(), running=True):

@@ -18,8 +18,8 @@ Not covered:
     after 0.1 s, 0.1 s and a second.
   - unsafe=True where a layer is missing (not Linux, an old kernel): it contains mistakes, not attacks.
 """
-import ctypes, functools, gc, io, json, linecache, os, pickle, platform, random, re, resource, select, signal, socket, struct
-import stat, subprocess, sys, tempfile, threading, time, traceback, types, warnings, weakref
+import ctypes, functools, gc, io, json, linecache, os, pickle, platform, random, re, resource, select, signal, socket
+import stat, struct, subprocess, sys, tempfile, threading, time, traceback, types, warnings, weakref
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice

@@ -36,7 +36,7 @@ def test_every_flag_of_the_readme_exists():
     import train
     known = {field.name for cls in (train.Config, evaluate.EvalConfig) for field in fields(cls)}
     used = set(re.findall(r"--(\w+)", (ROOT / "README.md").read_text())) - {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint",
-                                                                                       "shutdown_timeout", "help", "quick", "seeds"}
+                                                                                       "shutdown_timeout", "help", "quick", "seeds", "repeats"}
     assert not used - known, used - known
 
 
