@@ -135,7 +135,8 @@ class Sandbox(AbstractContextManager):
         """Send a request and `more`; the values of its reply, of which nothing is trusted, and its images."""
         call, deadline = os.urandom(16), time.monotonic() + seconds + GRACE
         self._channel.settimeout(seconds)
-        for part in (pickle.dumps((call, *request)), more): self._channel.sendall(part)
+        self._channel.sendall(pickle.dumps((call, *request)))
+        if more: self._channel.sendall(more)                    # else it may be closed by now, with a reply to read
         sender, size = HEADER.unpack(self._receive(HEADER.size, deadline))
         if sender != call or size > 24 * self._limit + 2 ** 18:
             raise ValueError("its process sent a malformed reply")
