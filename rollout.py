@@ -135,7 +135,7 @@ def rollout(policy, samples, group_size, *, max_turns=5, max_new_tokens=10_240, 
     if not prompts:
         return groups
     policy, sampling = Plain(policy, rows) if slow else policy, dict(temperature=temperature, top_p=top_p, top_k=top_k)
-    with Tools(rows, timeout, unsafe_sandbox, tools and max_turns > 1) as toolbox:
+    with Tools(rows if tools and max_turns > 1 else (), timeout, unsafe_sandbox) as toolbox:
         state = policy.prefill(prompts, group_size)
         while state is not None:                        # a turn of all rows that are not done
             budget = {row: min(max_new_tokens, max_context - len(rows[row].tokens)) for row in state.order}
@@ -198,32 +198,24 @@ class Tools:
     """The sandboxes of a batch, made while the policy reads its prompts, since a first call would wait for that; calls
     of different rows run concurrently. waited: seconds spent in `result`."""
 
-    def __init__(self, rows, timeout, unsafe, allowed=True):
-        self.rows, self.settings, self.waited = rows if allowed else [], dict(timeout=timeout, unsafe=unsafe), 0.0
-        self.pool, self.packed, self.boxes, self.calls = ThreadPoolExecutor(16), {}, {}, {}
+    def __init__(self, rows, timeout, unsafe):
+        self.rows, self.settings, self.waited = rows, dict(timeout=timeout, unsafe=unsafe), 0.0
+        self.pool, self.boxes, self.calls = ThreadPoolExecutor(16), {}, {}
 
     def __enter__(self):
-        self.warm()
+        packed = {}                                     # a group's images, once for its sandboxes
         for row, t in enumerate(self.rows):
-            self.boxes[row] = self.pool.submit(self.make, t)
+            if id(t.sample) not in packed:
+                packed[id(t.sample)] = Packed(t.images)
+            self.boxes[row] = self.pool.submit(Sandbox, packed[id(t.sample)], t.sample.videos, **self.settings)
         return self
 
     def __exit__(self, failed, *_):
         for row in list(self.boxes):
             self.close(row, wait=bool(failed))
         self.pool.shutdown(wait=bool(failed))
-        self.warm()                                     # while the policy learns from this batch
-
-    def warm(self):
-        """Have sandboxes prepared, at 5 MiB each."""
-        for videos in (False, True):
+        for videos in (False, True):                    # prepared while the policy learns, at 5 MiB each
             warm(min(128, sum(bool(t.sample.videos) == videos for t in self.rows)), videos)
-
-    def make(self, t):
-        """A trajectory's sandbox; its group shares the packed images."""
-        images = self.packed.get(id(t.sample)) or Packed(t.images[:t.prompt_images])
-        self.packed[id(t.sample)] = images
-        return Sandbox(images, t.sample.videos, **self.settings)
 
     def start(self, row, code):
         """Run code in the row's sandbox, in the background."""

@@ -8,7 +8,7 @@ token-mean over the whole optimizer step) -> log -> evaluate -> save. What is no
   - No separate log-prob pass: the sampler's log-probs are the old ones; `logprob_gap` reports how far they are off.
   - No separate SFT trainer: token loss on demonstrations is this update with advantage 1 (--stage sft).
 
-  torchrun train.py --task image                    # the built-in puzzles on a laptop, five to ten minutes
+  torchrun train.py --task image                    # the built-in puzzles on a laptop, about five minutes
   torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-VL-7B-Instruct --data rl.json --out runs/7b
 """
 import errno, importlib.util, inspect, itertools, json, math, os, re, shutil, signal, statistics, sys, tempfile, time

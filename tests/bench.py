@@ -162,7 +162,7 @@ def sandbox(cycles=1000):
 
 # ------------------------------------------------------------------------------------------- rollout and update
 N_PROMPTS, GROUP, NEW_TOKENS, SIDE, PROMPT_TOKENS, REPEATS = 4, 8, 64, 112, 309, 5
-TOKENS, ROWS = 4096, 4                # of a micro-batch: here; of the others, where they are fastest
+TOKENS, ROWS = 4096, 4                # of a micro-batch: here; of the others, about where TRL is fastest
 
 
 def learner(hidden=256, layers=4, vocabulary=4160):

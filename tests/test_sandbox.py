@@ -1058,20 +1058,26 @@ def shown(tmp_path):
     return "; ".join([*script, "ulimit -c 0", 'exec "$@"'])
 
 
-def test_children_are_made_ahead_when_asked_for():
+@pytest.mark.parametrize("videos", [(), (__file__,)])
+def test_children_are_made_ahead_when_asked_for(videos):
     def are(count):
         assert eventually(lambda: len(family(os.getpid())) == count)
-    with Sandbox():
+
+    def filters(pid):
+        return int(re.search(r"^Seccomp_filters:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1])
+    with Sandbox(videos=videos):
         time.sleep(0.5)
-        before = len(family(os.getpid()))
-        sandbox.warm(0)                                         # less than always wait: nothing to do
-    are(before - 1)
-    sandbox.warm(sandbox.WAITING + 3)
-    are(before + 2)
-    boxes = [Sandbox() for _ in range(3)]                       # of those that wait: no other is made
+        before = family(os.getpid())
+        sandbox.warm(0, bool(videos))                           # less than always wait: nothing to do
+    are(len(before) - 1)
+    sandbox.warm(sandbox.WAITING + 3, bool(videos))
+    are(len(before) + 2)
+    new = set(family(os.getpid())) - set(before)                # enclosed before there is a job, if nothing is left to open
+    assert eventually(lambda: {filters(pid) - filters(os.getpid()) for pid in new} == {0 if videos else 1})
+    boxes = [Sandbox(videos=videos) for _ in range(3)]          # of those that wait: no other is made
     assert [box.run("print(1)").text for box in boxes] == ["1\n"] * 3
-    are(before + 2)
-    boxes.append(Sandbox())                                     # from here on each is replaced, so that some always wait
-    are(before + 3)
+    are(len(before) + 2)
+    boxes.append(Sandbox(videos=videos))                        # from here on each is replaced, so that some always wait
+    are(len(before) + 3)
     for box in boxes:
         box.close()
