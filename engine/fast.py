@@ -38,7 +38,7 @@ FEED_TOKENS = 8_192  # tokens of one forward in generation
 ROOM = 16  # tokens that a cache has to spare, and half of what it had, when it grows
 
 
-# -------------------------------------------------------------------------- how packed tokens attend
+# --------------------------------------------------------------------------- how packed tokens attend
 class Lengths:
     """Of packed sequences: counts, where they begin and end (B + 1,), and the longest."""
 
