@@ -11,17 +11,14 @@ Any Qwen2.5-VL or Qwen3-VL checkpoint is a policy. `tiny_policy` builds the same
 Shapes: B sequences, T tokens of the longest, A action tokens of all sequences, V vocabulary.
 """
 
-from pathlib import Path
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, StoppingCriteriaList
 
 from data import Action, encode
-from engine.checkpoint import checkpoint_folder, load_parts
-from engine.parallel import full_weights, rank
+from engine.checkpoint import checkpoint_folder, load_parts, save_policy
 from engine.tiny import write_tiny_policy
 
+__all__ = ["Policy", "load_policy", "save_policy", "tiny_policy"]
 CLOSING_TAGS = ("</code>", "</answer>")  # an action ends where one of these is complete
 NEVER = -1e9  # added to the logits of tokens that must not be sampled
 
@@ -129,6 +126,8 @@ class Policy:
         may append to the trajectory. Each step draws one random number a row, also for rows that
         have stopped, so that what a row samples does not depend on when others stop.
         """
+        from transformers import GenerationConfig, StoppingCriteriaList  # slow to import
+
         inputs = self.batch(trajectories, side="left")
         budgets = [limits.new_tokens(t) for t in trajectories]
         actions = [Action([], []) for _ in trajectories]
@@ -224,12 +223,3 @@ def tiny_policy(folder, texts: list[str], seed: int = 0, vocabulary: int = 1024)
     """Write a random policy of 0.8 M parameters (engine/tiny.py) to `folder` and load it."""
     write_tiny_policy(folder, texts, seed, vocabulary)
     return load_policy(folder)
-
-
-def save_policy(policy, folder) -> None:
-    """Write a Hugging Face checkpoint, gathered from all processes; process 0 writes."""
-    weights = full_weights(policy.model)
-    if rank() == 0:
-        policy.model.save_pretrained(Path(folder), state_dict=weights)
-        policy.tokenizer.save_pretrained(folder)
-        policy.image_processor.save_pretrained(folder)
