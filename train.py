@@ -274,7 +274,10 @@ def choose(run: Run, groups: list):
         )
     kept = []
     for (t,) in groups:
-        if t.end_reason is EndReason.DONE and t.answer is not None:
+        answered = t.end_reason is EndReason.DONE and t.answer is not None
+        # A sample without a reference is a lesson in how to begin: it ends with its code.
+        begun = t.end_reason is EndReason.EXCEED_MAX_TURNS and not t.sample.answer
+        if answered or begun:
             kept.append([t])
         else:
             run.demonstrations.report(t)

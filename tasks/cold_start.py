@@ -40,4 +40,5 @@ def stages(config, folder: Path, difficulty: dict):
         if config.frames:  # no tool: lessons in seeing, then only the right answers
             seeing = [sample for sample in samples if sample.ability != "call"]
             samples = [replace(s, turns=[ANSWER.format(s.answer)]) for s in seeing]
+        samples = [replace(s, answer="") if s.ability == "call" else s for s in samples]
         yield name, replace(config, **common, **STAGES[name]), samples
