@@ -325,7 +325,10 @@ class Recital:
         return getattr(self.policy, name)
 
     def act(self, trajectories, limits, on_action) -> None:
-        """Say the next turn of each. A turn that no sampler can reach is not complete."""
+        """Say the next turn of each.
+
+        A turn that no sampler can reach, or that does not fit into the context, is not complete.
+        """
         for t in trajectories:
             turns = (t.sample.turns or [])[len(t.turns) :]
             text = turns[0].strip() if turns else ""
@@ -334,7 +337,8 @@ class Recital:
             behind = [text.split(tag, 1)[1] for tag in CLOSING_TAGS if tag in text]
             if not behind:
                 ids = [*ids, self.end]
-            reachable = not any(behind) and bool(turns)
+            fits = len(t.tokens) + len(ids) <= limits.max_context
+            reachable = bool(turns) and fits and not any(behind)
             on_action(t, Action(ids, [0.0] * len(ids), reachable))
 
 
