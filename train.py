@@ -15,7 +15,6 @@ save. What is not here, and why:
   torchrun --nproc_per_node=8 train.py --model Agents-X/PyVision-Image-7B-SFT --data rl.json
 """
 
-import errno
 import math
 import os
 import signal
@@ -29,18 +28,17 @@ import torch
 from data import DataError, load, load_templates
 from engine import parallel
 from engine.batching import flat, microbatches, share
-from engine.checkpoint import FullDisk, complete, load_state, save_policy, save_state
+from engine.checkpoint import complete, load_state, save_policy, save_state
 from engine.demonstrations import Demonstrations
 from engine.fast import FastPolicy
-from engine.flags import stop
 from engine.judge import open_judge
 from engine.metrics import mean, measure
-from engine.run import Journal, NoProgress, Progress, check, greet, leader, open_folder, settle
+from engine.run import Journal, Progress, check, greet, leader, one_line_errors, open_folder, settle
 from model import load_policy
 from reward import score
 from rollout import EndReason, Limits, Recital, rollout, select, teaches
 from sandbox import SandboxError
-from tasks.cold_start import SECONDS, STAGES, cold_start_folder, stages
+from tasks.cold_start import cold_start_folder, parts_of_job, stages
 from tasks.puzzles import puzzles, read_difficulty
 
 
@@ -429,7 +427,7 @@ def configure(argv: list[str] | None = None) -> Config:
 def cold_start(config: Config, folder: Path, progress: Progress) -> None:
     """Make the tiny policy: teach it to see and to look, by SFT on scripted demonstrations."""
     aside = folder.with_name(folder.name + ".tmp")
-    for part, stage, samples in stages(config, aside, read_difficulty(config.difficulty)):
+    for part, stage, samples in stages(config, aside):
         run = Run(stage, samples, progress=progress, part=part)
         train(run)
         save_policy(run.policy, aside)
@@ -453,15 +451,13 @@ def begin(config: Config) -> Run:
             config.task, config.eval_n, config.seed, "heldout", **read_difficulty(config.difficulty)
         )
     parallel.prepare()
-    parts = {config.stage: config.steps}
-    folder = cold_start_folder(config, read_difficulty(config.difficulty))
-    if not config.model and not folder.exists():
-        parts = {**{part: made["steps"] for part, made in STAGES.items()}, **parts}
-    progress = Progress({part: (steps, SECONDS[part]) for part, steps in parts.items()})
-    greet(config, samples, held, len(parts) > 1)
-    if len(parts) > 1 and leader():
-        cold_start(config, folder, progress)
-    config.model = config.model or str(folder)
+    folder = cold_start_folder(config)
+    progress = Progress(parts_of_job(config))
+    greet(config, samples, held)
+    if not config.model:
+        if leader() and not folder.exists():
+            cold_start(config, folder, progress)
+        config.model = str(folder)
     parallel.join()
     run = Run(config, samples, held, states[-1] if states else None, progress)
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "terminated", True))
@@ -471,32 +467,13 @@ def begin(config: Config) -> Run:
     return run
 
 
-def interrupted(*_) -> None:
-    """Ctrl-C ends at once.
-
-    What runs at the time may be a library that turns KeyboardInterrupt into an error of its own.
-    Sandboxes end with this process, and checkpoints are complete or absent.
-    """
-    os.write(2, b"train.py: stopped; --resume goes on from the last checkpoint\n")
-    os._exit(130)
-
-
 def main() -> None:
-    """Bad input ends with one line and exit code 2; a run that cannot go on with exit code 1."""
-    signal.signal(signal.SIGINT, interrupted)
-    try:
+    """Train as the command line says."""
+    with one_line_errors(SandboxError):
         run = begin(configure())
         train(run)
         run.journal.end()
         parallel.leave()
-    except (DataError, SandboxError) as error:
-        stop(str(error), 2)
-    except (FullDisk, NoProgress) as error:
-        stop(str(error), 1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        stop(f"{error}; checkpoints are whole (--resume)", 1)
 
 
 if __name__ == "__main__":
