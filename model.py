@@ -81,8 +81,12 @@ class Policy:
             return torch.arange(len(ids)).expand(3, -1)
         row = torch.tensor([ids])
         kinds = (row == self.image_token).int()
-        rope = self.model.model.get_rope_index
-        return rope(row, mm_token_type_ids=kinds, image_grid_thw=grid)[0][:, 0]
+        positions, _ = self.model.model.get_rope_index(
+            row,
+            mm_token_type_ids=kinds,
+            image_grid_thw=grid,
+        )
+        return positions[:, 0]
 
     def batch(self, trajectories: list, side: str) -> dict:
         """What the model's forward takes, padded on one side: ids and masks (B, T), images."""
@@ -247,8 +251,12 @@ def load_policy(
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device or best)
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-    folder = checkpoint_folder(name)
-    model, tokenizer, processor = load_parts(folder, device, dtype or usual, sharded)
+    model, tokenizer, processor = load_parts(
+        checkpoint_folder(name),
+        device,
+        dtype or usual,
+        sharded,
+    )
     smallest = processor.size["shortest_edge"]
     largest = min(processor.size["longest_edge"], max_pixels)
     processor.size = {"shortest_edge": smallest, "longest_edge": largest}

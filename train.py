@@ -238,12 +238,14 @@ def recite(run: Run) -> list:
     """Groups of one: demonstrations whose code really ran, with advantage 1."""
     wanted = list(prompts(run, run.config.batch_size))
     new = {row: sample for row, sample in wanted if row not in run.demonstrations}
+    samples = list(new.values())
+    lengths = [len(sample.turns or ()) for sample in samples]
     spoken = rollout(
         Recital(run.policy),
-        list(new.values()),
+        samples,
         1,
         run.config,
-        max_turns=max((len(sample.turns or "") for sample in new.values()), default=1),
+        max_turns=max(lengths, default=1),
         templates=run.templates,
         seed=run.config.seed,
     )
