@@ -44,9 +44,10 @@ from reward import (
 
 FLOAT = r"([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)"
 SHORT_ANSWER = r'"short answer"\s*:\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",}]+))'  # in DynaMath's JSON
-WRAPPED = r"\$([^$]*)\$|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}"
-
-
+MARKUP_OR_UNIT = (  # that MathVision takes out of an answer
+    r"\\(?:text|mbox|mathrm|left|right)|\\[,!; ]|\^\{?\\circ\}?|\\?[$%]"
+    r"|\{?(?:units|km|m\^3)\}?|[\s~°]"
+)
 # What reading a record may raise where a field is missing or wrong, or the file is cut off
 BAD_RECORD = (ValueError, LookupError, TypeError, AttributeError, OSError, csv.Error)
 
@@ -74,7 +75,7 @@ def final_answer(prediction: str) -> str:
     if text is None:
         inside = prediction.rsplit("<answer>", 1)[-1].split("</answer>")[0]
         text = re.sub(r"\\boxed\{\s*\}", "", inside).strip()
-    wrapped = re.fullmatch(WRAPPED, text)
+    wrapped = re.fullmatch(r"\$([^$]*)\$|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", text)
     if wrapped:
         text = wrapped[1] or wrapped[2] or ""
     return text.strip()
@@ -90,46 +91,19 @@ class Benchmark:
     title: str
     source: str  # where the files come from
     size: int  # rows of the full benchmark
-    files: tuple  # where the records are, the best first: glob patterns, " + " between several
+    files: str  # where the records are, the best first: glob patterns, "+" where all must be there
+    paper: str  # names of methods and their scores, as the paper prints them
     rule: Callable  # (answer, row) -> score in 0..1, or None: cannot tell
     # (rows, scores (n,), weights (D, n)) -> {"score": percents (D,), "scores": {name: percents}}
     summary: Callable
-    paper: tuple  # the scores of `methods`
-    fields: tuple = ("{id}", "{question}", "{answer}")
-    images: tuple = ("image",)  # fields with pictures; a video is always in "video"
+    fields: str = "{id} | {question} | {answer}"
+    images: str = "image"  # fields with pictures; a video is always in "video"
     prepare: Callable = lambda record, file: record  # brings another layout into that of `fields`
     extract: Callable = final_answer  # what the rule reads of a prediction
-    methods: tuple = ("Qwen2.5-VL-7B", "PyVision-Image")
     unit: str = "{id}"  # rows of which this is the same are one question in several forms
     temperature: float = 0.5
     top_k: int = 20
     k: int = 1  # samples of each row, whose scores are averaged
-
-    def row(self, record: dict, file: Path, media: bool = True) -> Row:
-        """A record of a file -> Row. Raises what BAD_RECORD names."""
-        record = self.prepare(record, file)
-        name, question, answer = (pattern.format(**record).strip() for pattern in self.fields)
-        options = {}
-        for letter, text in zip("ABCDEFGH", record.get("options") or (), strict=False):
-            options[letter] = re.sub(rf"^{letter}\. *", "", str(text))
-        if options and answer not in options:
-            raise DataError(f"the answer {answer!r} is none of the options {', '.join(options)}")
-        # Options that the question lists, or that only repeat the letters, are not shown again.
-        if choices(question) != options and list(options) != list(options.values()):
-            question += "".join(f"\n({letter}) {text}" for letter, text in options.items())
-        row = Row(
-            name,
-            question + record.get("form", ""),
-            answer,
-            images=_find([record[key] for key in self.images], file, media),
-            videos=_find([record.get("video")], file, media),
-            data_source=record.get("data_source", ""),
-            meta=record | {"options": options},
-            unit=self.unit.format(**{"id": name, **record}),
-        )
-        # A field that the summary misses is an error now, and not after the run.
-        self.summary([row], np.zeros(1), np.ones((1, 1)))
-        return row
 
     def matches(self, prediction: str | None, row: Sample) -> float | None:
         """Score of one row in 0..1, or None where the rule cannot tell. No answer is wrong."""
@@ -141,17 +115,16 @@ class Benchmark:
         this = "this run"
         if result.get("visual_tokens"):
             this += f" (~{result['visual_tokens']:.0f} visual tokens)"
-        scores = dict(zip(self.methods, self.paper, strict=True))
-        scores |= {this: result["score"], **result["scores"]}
+        rows = [line.rsplit(" ", 1) for line in self.paper.split("; ") if line]
         ranges = {this: result.get("interval"), **result.get("intervals", {})}
-        width = max(map(len, scores))
-        lines = [f"{self.title}, {result['n']:,} of {self.size or result['n']:,} rows"]
-        for name, score in scores.items():
-            shown = score if isinstance(score, str) else f"{score:.1f}"
-            line = f"{name:{width}}  {shown:>5}"
+        for name, score in {this: result["score"], **result["scores"]}.items():
+            shown = f"{score:5.1f}"
             if ranges.get(name):
-                line += "  [{:.1f}, {:.1f}]".format(*ranges[name])
-            lines.append(line)
+                shown += "  [{:.1f}, {:.1f}]".format(*ranges[name])
+            rows.append((name, shown))
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{self.title}, {result['n']:,} of {self.size or result['n']:,} rows"]
+        lines += [f"{name:{width}}  {shown:>5}" for name, shown in rows]
         return "\n".join(lines)
 
 
@@ -171,7 +144,7 @@ def read_benchmark(name: str, path: str | Path, media: bool = True) -> list[Row]
         number = 1
         try:
             for record in _records(file):
-                row = benchmark.row(record, file, media)
+                row = _row(benchmark, record, file, media)
                 if row.id in rows:
                     raise DataError(f"the id {row.id!r} a second time")
                 row.data_source = row.data_source or name
@@ -190,7 +163,7 @@ def _files(benchmark, path):
     """The files of records in the first layout that is all there."""
     if path.is_file():
         return [path]
-    for layout in benchmark.files:
+    for layout in benchmark.files.split(", or "):
         patterns = layout.split(" + ")
         # sample10 comes after sample9
         found = [sorted(path.glob(x), key=lambda file: (len(file.name), file)) for x in patterns]
@@ -201,18 +174,44 @@ def _files(benchmark, path):
         names = sorted(file.name for file in path.glob("*"))
         there = ", ".join(names[:8]) or "nothing"
     raise DataError(
-        f"{path} is not a {benchmark.title} folder: expected {', or '.join(benchmark.files)} in it,"
+        f"{path} is not a {benchmark.title} folder: expected {benchmark.files} in it,"
         f" as published in {benchmark.source}; there is {there}"
     )
 
 
-def _find(names, file, media):
-    """Pictures that open themselves as they are, and the paths of pictures and videos."""
-    return tuple(name if callable(name) else _path(name, file, media) for name in names if name)
+def _row(benchmark, record, file, media):
+    """A record of a file -> Row. Raises what BAD_RECORD names."""
+    record = benchmark.prepare(record, file)
+    patterns = benchmark.fields.split(" | ")
+    name, question, answer = (pattern.format(**record).strip() for pattern in patterns)
+    texts = zip("ABCDEFGH", record.get("options") or (), strict=False)
+    options = {letter: re.sub(rf"^{letter}\. *", "", str(text)) for letter, text in texts}
+    if options and answer not in options:
+        raise DataError(f"the answer {answer!r} is none of the options {', '.join(options)}")
+    # Options that the question lists, or that only repeat the letters, are not shown again.
+    if choices(question) != options and list(options) != list(options.values()):
+        question += "".join(f"\n({letter}) {text}" for letter, text in options.items())
+    images = [record[key] for key in benchmark.images.split()]
+    row = Row(
+        name,
+        question + record.get("form", ""),
+        answer,
+        images=tuple(_path(image, file, media) for image in images if image),
+        data_source=record.get("data_source", ""),
+        meta=record | {"options": options},
+        unit=benchmark.unit.format(**{"id": name, **record}),
+    )
+    if record.get("video"):
+        row.videos = (_path(record["video"], file, media),)
+    # A field that the summary misses is an error now, and not after the run.
+    benchmark.summary([row], np.zeros(1), np.ones((1, 1)))
+    return row
 
 
 def _path(name, file, media):
-    """A file beside the records, in images/ there, or one folder up."""
+    """A file beside the records, in images/ there, or one folder up; what opens itself as it is."""
+    if callable(name):
+        return name
     for folder in (file.parent, file.parent / "images", file.parent.parent):
         if not media or (folder / name).is_file():
             return str(folder / name)
@@ -246,8 +245,9 @@ def _table_records(file):
         record = dict(zip(header, cells, strict=False))
         image = record.get("image")
         if len(cells) != len(header) or not image or len(image) % 4:
-            columns = f"{len(cells)} of {len(header)} columns"
-            raise DataError(f"{columns} or half a picture: download it again")
+            raise DataError(
+                f"{len(cells)} of {len(header)} columns or half a picture: download it again"
+            )
         record["image"] = partial(_open_cell, str(file), start, header.index("image"))
         yield record
 
@@ -256,8 +256,9 @@ def _parquet_records(file):
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        why = "Parquet needs pyarrow, which is not installed: pip install pyarrow"
-        raise DataError(why) from error
+        raise DataError(
+            "Parquet needs pyarrow, which is not installed: pip install pyarrow"
+        ) from error
     for batch in ParquetFile(file).iter_batches(batch_size=64):
         for record in batch.to_pylist():
             image = (record.pop("decoded_image", None) or {}).get("bytes")
@@ -303,28 +304,26 @@ def read_predictions(file: str | Path, rows: list[Row]) -> list[str]:
                 continue
             record = json.loads(line)
             first = first or record
-            if not _is_prediction(record) or ("id" in record) != ("id" in first):
-                form = '{"id": …, "prediction": "…"}'
-                raise DataError(f"it should be {form}, with an id in all lines or in none")
+            said = record.get("prediction", ()) if isinstance(record, dict) else ()
+            fits = isinstance(said, str | int | float | None)
+            if not fits or ("id" in record) != ("id" in first):
+                raise DataError(
+                    'it should be {"id": …, "prediction": "…"}, with an id in all lines or in none'
+                )
             place = places.get(str(record["id"])) if "id" in record else len(found)
             if place is None or place in found:
                 why = "of no row" if place is None else "a second time"
                 raise DataError(f"the id {record['id']!r} {why}")
-            said = record["prediction"]
             found[place] = "" if said is None else str(said)
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: line {number}: {error}") from error
     missing = [row.id for place, row in enumerate(rows) if place not in found]
     if missing or len(found) > len(rows):
-        count = f"{len(found)} predictions for {len(rows)} rows"
-        raise DataError(f"{file}: {count}; without one: {', '.join(missing[:5])}")
+        raise DataError(
+            f"{file}: {len(found)} predictions for {len(rows)} rows;"
+            f" without one: {', '.join(missing[:5])}"
+        )
     return [found[place] for place in range(len(rows))]
-
-
-def _is_prediction(record):
-    if not isinstance(record, dict):
-        return False
-    return isinstance(record.get("prediction", ()), str | int | float | None)
 
 
 # Scoring -----------------------------------------------------------------------------------------
@@ -374,10 +373,9 @@ def _weighted(scores, weights, places=slice(None)):
 
     It is nan where nothing has any weight.
     """
-    scores = scores[places]
     weights = weights[:, places]
     total = weights.sum(1)
-    return 100 * (weights @ scores) / np.where(total, total, np.nan)
+    return 100 * (weights @ scores[places]) / np.where(total, total, np.nan)
 
 
 def _percents(rows, scores, weights, group):
@@ -391,11 +389,10 @@ def _percents(rows, scores, weights, group):
         names = {"data_source": row.data_source, **getattr(row, "meta", {})}
         parts = groups.setdefault(outer.format(**names), {})
         parts.setdefault(inner.format(**names), []).append(place)
-    percents = {}
     for name, parts in groups.items():
-        each = [_weighted(scores, weights, places) for places in parts.values()]
-        percents[name] = np.mean(each, 0)
-    return percents
+        percents = [_weighted(scores, weights, places) for places in parts.values()]
+        groups[name] = np.mean(percents, 0)
+    return groups
 
 
 def summary(*groups: str, overall: str = "") -> Callable:
@@ -468,10 +465,6 @@ def _vstar_record(record, file):
     }
 
 
-def _hrbench_record(record, file):
-    return record | {"options": [record[letter] for letter in "ABCD" if record[letter]]}
-
-
 def _mathverse_rule(text, row):
     """Equal, or another letter; all else is the judge's."""
     if text == row.answer:
@@ -482,17 +475,18 @@ def _mathverse_rule(text, row):
 def _mathvision_rule(text, row):
     """Equal to the letter or to its option's text."""
     options = row.meta["options"]
-    said = re.split(r"(?i)the (?:(?:final |correct )?answer is|answer should be)", text)
-    if len(said) > 1:
-        text = said[-1].strip().split("\n")[0].split(". ")[0]
+    parts = re.split(r"(?i)the (?:(?:final |correct )?answer is|answer should be)", text)
+    if len(parts) > 1:
+        text = parts[-1].strip().split("\n")[0].split(". ")[0]
     letter = re.search(r"(?:^| )\(?([A-E])\)?\.$|^\(?([A-E])\)?(?:\n|$)", text)
     number = re.fullmatch(r".*is (-?[\d.]*\d)\.?", text, re.DOTALL)
+    said = text[-400:]
     if letter:
-        text = letter[1] or letter[2]
-    else:
-        text = number[1] if number else text[-400:]
+        said = letter[1] or letter[2]
+    elif number:
+        said = number[1]
     targets = (row.answer, options.get(row.answer, row.answer))
-    verdicts = [_mathvision_equal(text, target) for target in targets]
+    verdicts = [_mathvision_equal(said, target) for target in targets]
     if True in verdicts:
         return True
     return False if False in verdicts or (letter and options) else None
@@ -500,20 +494,16 @@ def _mathvision_rule(text, row):
 
 def _mathvision_equal(a, b):
     """As strings, or as numbers (or tuples of them) at two decimals; None: cannot tell."""
-    drop = (
-        r"\\(?:text|mbox|mathrm|left|right)|\\[,!; ]|\^\{?\\circ\}?|\\?[$%]"
-        r"|\{?(?:units|km|m\^3)\}?|[\s~°]"
-    )
-    numbers = []
     plain = []
+    numbers = []
     for text in (a, b):
         text = re.split(r"=|\\approx", text.lower())[-1]
-        text = re.sub(drop, "", text).strip(":").rstrip(".")
+        text = re.sub(MARKUP_OR_UNIT, "", text).strip(":").rstrip(".")
         plain.append(text)
-        is_tuple = re.fullmatch(r"[(\[].*,.*[)\]]", text)
+        parts = text[1:-1].split(",") if re.fullmatch(r"[(\[].*,.*[)\]]", text) else [text]
         # Quirk: to the script the orders 5-2-3-1-4 and 5-4-3-2-1 are both -5, and so equal; to
         # `value` they are no numbers.
-        values = [value(part) for part in (text[1:-1].split(",") if is_tuple else [text])]
+        values = [value(part) for part in parts]
         numbers.append(None if None in values else [round(number, 2) for number in values])
     if plain[0] == plain[1]:
         return True
@@ -609,10 +599,6 @@ def _integers(text):
     return [digits.lstrip("0") or "0" for digits in re.findall(r"\d+", text)]
 
 
-def _tir_record(record, file):
-    return {"image_2": None} | record
-
-
 def _tir_rule(text, row):
     task = row.meta["task"]
     gold = row.answer
@@ -642,7 +628,7 @@ def _places_right(text, wanted):
     for run in re.findall(r"[\d\s,\uff0c]+", text):
         numbers = re.findall(r"\d+", run)
         if len(numbers) == len(wanted):
-            return float(np.mean([a == b for a, b in zip(numbers, wanted, strict=True)]))
+            return float(np.mean(np.array(numbers) == np.array(wanted)))
     return None
 
 
@@ -676,9 +662,7 @@ def _vsi_rule(text, row):
 
 
 # The benchmarks ----------------------------------------------------------------------------------
-PLAIN = Benchmark(  # what is no benchmark
-    "Accuracy", "", 0, files=(), rule=verify, summary=summary("{data_source}"), paper=(), methods=()
-)
+PLAIN = Benchmark("Accuracy", "", 0, "", "", verify, summary("{data_source}"))  # none of these
 
 
 def _hrbench(size, paper):
@@ -686,16 +670,16 @@ def _hrbench(size, paper):
         f"HRBench-{size}K",
         "DreamMr/HR-Bench",
         800,
-        files=(f"hr_bench_{size}k.tsv",),
-        rule=_choice,
-        summary=summary(
+        f"hr_bench_{size}k.tsv",
+        paper,
+        _choice,
+        summary(
             "{category} by {cycle_category}",
             "cycle {cycle_category}",
             overall=" by {cycle_category}",
         ),
-        paper=paper,
-        fields=("{index}", "{question}", "{answer}"),
-        prepare=_hrbench_record,
+        fields="{index} | {question} | {answer}",
+        prepare=lambda record, file: record | {"options": [record[x] for x in "ABCD" if record[x]]},
         unit="{question}",
     )
 
@@ -705,68 +689,58 @@ BENCHMARKS = {
         "V* (avg@32)",
         "craigwu/vstar_bench",
         191,
-        files=(
-            "test_questions.jsonl",
-            "direct_attributes/sa_*.json + relative_position/sa_*.json",
-        ),
-        rule=_choice,
-        summary=summary("{category}"),
-        paper=(78.5, 88.7),
-        fields=("{question_id}", "{text}", "{label}"),
+        "test_questions.jsonl, or direct_attributes/sa_*.json + relative_position/sa_*.json",
+        "Qwen2.5-VL-7B 78.5; PyVision-Image 88.7",
+        _choice,
+        summary("{category}"),
+        fields="{question_id} | {text} | {label}",
         prepare=_vstar_record,
         temperature=0.01,
         top_k=0,
         k=32,
     ),
-    "hrbench-4k": _hrbench(4, (71.6, 78.1)),
-    "hrbench-8k": _hrbench(8, (67.9, 74.3)),
+    "hrbench-4k": _hrbench(4, "Qwen2.5-VL-7B 71.6; PyVision-Image 78.1"),
+    "hrbench-8k": _hrbench(8, "Qwen2.5-VL-7B 67.9; PyVision-Image 74.3"),
     "mathverse": Benchmark(
         "MathVerse",
         "AI4Math/MathVerse",
         3940,
-        files=("testmini.json",),
-        rule=_mathverse_rule,
-        summary=summary(
-            "{problem_version}", "{metadata[subject]}", "subfield {metadata[subfield]}"
-        ),
-        paper=(45.6, 55.8),
-        fields=("{sample_index}", "{query_wo}", "{answer}"),
+        "testmini.json",
+        "Qwen2.5-VL-7B 45.6; PyVision-Image 55.8",
+        _mathverse_rule,
+        summary("{problem_version}", "{metadata[subject]}", "subfield {metadata[subfield]}"),
+        fields="{sample_index} | {query_wo} | {answer}",
         unit="{problem_index}",
     ),
     "mathvision": Benchmark(
         "MathVision",
         "MathLLMs/MathVision",
         3040,
-        files=("data/test.jsonl", "test.jsonl", "data/test-*.parquet"),
-        rule=_mathvision_rule,
-        summary=summary("level {level}", "{subject}"),
-        paper=("–", 28.7),
+        "data/test.jsonl, or test.jsonl, or data/test-*.parquet",
+        "Qwen2.5-VL-7B –; PyVision-Image 28.7",
+        _mathvision_rule,
+        summary("level {level}", "{subject}"),
     ),
     "wemath": Benchmark(
         "WeMath",
         "We-Math/We-Math",
         1740,
-        files=("data/testmini.json", "testmini.json"),
-        rule=_by_words,
-        summary=_wemath_summary,
-        paper=(34.6, 47.7),
-        fields=("{ID} {key}", "{question}\n{option}", "{answer}"),
-        images=("image_path",),
+        "data/testmini.json, or testmini.json",
+        "Qwen2.5-VL-7B 34.6; PyVision-Image 47.7",
+        _by_words,
+        _wemath_summary,
+        fields="{ID} {key} | {question}\n{option} | {answer}",
+        images="image_path",
         unit="{ID}",
     ),
     "dynamath": Benchmark(
         "DynaMath",
         "DynaMath/DynaMath_Sample",
         5010,
-        files=(
-            "DynaMath.tsv",
-            "data/sample*.parquet",
-            "dataset/dataset.json",
-            "dataset.json",
-        ),
-        rule=_dynamath_rule,
-        summary=_dynamath_summary,
-        paper=(53.3, 61.6),
+        "DynaMath.tsv, or data/sample*.parquet, or dataset/dataset.json, or dataset.json",
+        "Qwen2.5-VL-7B 53.3; PyVision-Image 61.6",
+        _dynamath_rule,
+        _dynamath_summary,
         prepare=_dynamath_record,
         unit="{seed}",
     ),
@@ -774,32 +748,27 @@ BENCHMARKS = {
         "TIR-Bench",
         "Agents-X/TIR-Bench",
         1215,
-        files=("TIR-Bench.json",),
-        rule=_tir_rule,
-        summary=summary("{task}"),
-        paper=(16.0, 19.8),
-        fields=("{id}", "{prompt}", "{answer}"),
-        images=("image_1", "image_2"),
-        prepare=_tir_record,
+        "TIR-Bench.json",
+        "Qwen2.5-VL-7B 16.0; PyVision-Image 19.8",
+        _tir_rule,
+        summary("{task}"),
+        fields="{id} | {prompt} | {answer}",
+        images="image_1 image_2",
+        prepare=lambda record, file: {"image_2": None} | record,
         extract=str.strip,
     ),
     "vsi-bench": Benchmark(
         "VSI-Bench",
         "nyu-visionx/VSI-Bench",
         5130,
-        files=("test.jsonl", "test-*.parquet"),
-        rule=_vsi_rule,
-        summary=summary("{kind} by {question_type}", overall="{kind} by {question_type}"),
-        paper=(38.0, "~37", 45.6, 44.0),
-        fields=("{id}", "{question}", "{ground_truth}"),
-        images=(),
+        "test.jsonl, or test-*.parquet",
+        "Qwen2.5-VL-7B, 1 fps (~45K tokens) 38.0; Video-R1 (~25K) ~37; SpaceR (~25K) 45.6;"
+        " PyVision-Video (~5K) 44.0",
+        _vsi_rule,
+        summary("{kind} by {question_type}", overall="{kind} by {question_type}"),
+        fields="{id} | {question} | {ground_truth}",
+        images="",
         prepare=_vsi_record,
-        methods=(
-            "Qwen2.5-VL-7B, 1 fps (~45K tokens)",
-            "Video-R1 (~25K)",
-            "SpaceR (~25K)",
-            "PyVision-Video (~5K)",
-        ),
         temperature=0.01,
         top_k=0,
     ),

@@ -62,13 +62,13 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
-from numpy.random import Generator, default_rng
+from numpy.random import default_rng
 from PIL import Image
 
 from data import DataError, Sample, messages
@@ -144,7 +144,8 @@ ASK_WHOLE = {  # about the hint
 # What demonstrations say -------------------------------------------------------------------------
 CODE = "<code>\n```python\n{}\n```\n</code>"
 ANSWER = "<answer>\n\\boxed{{{}}}\n</answer>"
-SHOW_CROP = "image_clue_0.crop(({},{},{},{})).show()"
+SHOW_CROP = "image_clue_0.crop(({0},{1},{2},{3})).show()"
+TURNED_CROP = "image_clue_0.crop(({2},{1},{0},{3})).show()"  # PIL refuses it
 SHOW_SECOND = "Image.fromarray(video_clue_0[round({}*video_clue_0.get_avg_fps())].asnumpy()).show()"
 # A lit lamp has a colour, and all else is grey: s says how colourful each frame is.
 SCAN = (
@@ -237,21 +238,15 @@ def _question(scene):
     return words.format(scene.asked) + _options(scene.kind)
 
 
-def _caption(name, task, ability, question, image, value):
-    """A Sample of one turn that says what an image shows."""
-    turns = [ANSWER.format(value)]
-    return Sample(name, question, value, (image,), (), task, ability, turns=turns)
-
-
-def _call(sample, look):
-    return replace(sample, ability="call", turns=[CODE.format(look.code)])
+# In all that follows, `rng` is a numpy Generator and `d` a Difficulty.
 
 
 # Pixels -------------------------------------------------------------------------------------------
-def _span(middle, length):
-    """(first, end) of `length` pixels around a middle."""
-    first = middle - length // 2
-    return first, first + length
+def _box(x, y, side):
+    """left, upper, right, lower of a square around (x, y)."""
+    left = x - side // 2
+    upper = y - side // 2
+    return left, upper, left + side, upper + side
 
 
 def _wave(direction, side, period, phase):
@@ -279,11 +274,8 @@ def _centre(d, plate):
 
 
 def _crop_box(d, plate):
-    """left, upper, right, lower of the crop that shows a plate's chip, wherever it was shifted."""
-    x, y = _centre(d, plate)
-    left, right = _span(x, d.crop)
-    upper, lower = _span(y, d.crop)
-    return left, upper, right, lower
+    """The crop that shows a plate's chip, wherever the plate was shifted."""
+    return _box(*_centre(d, plate), d.crop)
 
 
 def _paint_plate(rng, d, kind, value, side):
@@ -294,11 +286,12 @@ def _paint_plate(rng, d, kind, value, side):
         patch += 60 * _wave(STRIPES[value], side, d.period, rng.random())[..., None]
     else:
         contrast = np.array(COLOURS[value]) - grey
-        rim = slice(*_span(side // 2, d.ring))
+        middle = side // 2
+        left, upper, right, lower = _box(middle, middle, d.ring)
         rim_area = d.ring**2 - d.chip**2
-        patch[rim, rim] -= d.balance * contrast * d.chip**2 / rim_area
-        chip = slice(*_span(side // 2, d.chip))
-        patch[chip, chip] = grey + contrast
+        patch[upper:lower, left:right] -= d.balance * contrast * d.chip**2 / rim_area
+        left, upper, right, lower = _box(middle, middle, d.chip)
+        patch[upper:lower, left:right] = grey + contrast
     return patch.clip(0, 255).astype(np.uint8)
 
 
@@ -320,10 +313,11 @@ class Picture:
     side: int  # of a plate
     shift: list  # (x, y) by which each plate is off its place in the grid
     texture: int  # seed of all that is random in the pixels
-    split: str = ""  # no part of the checksum
+    split: str = field(init=False)  # `scenes` sets it, by a checksum of all of the above
+    source = "puzzle_image"
 
     @classmethod
-    def draw(cls, rng: Generator, d: Difficulty) -> "Picture":
+    def draw(cls, rng, d) -> "Picture":
         """A random picture."""
         kind = _pick(rng, d.kinds)
         asked = 1 + _below(rng, 9)
@@ -339,7 +333,7 @@ class Picture:
         texture = _below(rng, 2**32)
         return cls(kind, asked, answer, plates, hint, light, wording, side, shift, texture)
 
-    def paint(self, d: Difficulty) -> Image.Image:
+    def paint(self, d) -> Image.Image:
         """The pixels: noise in one light (the hint of colours), bands (of stripes), nine plates."""
         rng = default_rng(self.texture)
         size = (d.canvas, d.canvas)
@@ -355,48 +349,46 @@ class Picture:
         pixels = np.array(ground)
         for plate, value in enumerate(self.plates):
             x, y = _centre(d, plate)
-            shift_x, shift_y = self.shift[plate]
-            columns = slice(*_span(x + shift_x, self.side))
-            rows = slice(*_span(y + shift_y, self.side))
-            pixels[rows, columns] = _paint_plate(rng, d, self.kind, value, self.side)
+            right, down = self.shift[plate]
+            left, upper, right, lower = _box(x + right, y + down, self.side)
+            painted = _paint_plate(rng, d, self.kind, value, self.side)
+            pixels[upper:lower, left:right] = painted
         return Image.fromarray(pixels)
 
-    def sample(self, name: str, d: Difficulty, folder=None) -> Sample:
+    def sample(self, name, d, folder=None) -> Sample:
         """The picture and its question; it needs no folder."""
         images = (self.paint(d),)
-        return Sample(name, _question(self), self.answer, images, (), "puzzle_image", self.kind)
+        return Sample(name, _question(self), self.answer, images, (), self.source, self.kind)
 
-    def look(self, rng: Generator, d: Difficulty) -> Look:
+    def look(self, rng, d) -> Look:
         """A crop: of the plate asked about, of another one, or with code that fails."""
         plate = self.asked - 1
         if rng.random() >= d.aim:
             plate = (plate + 1 + _below(rng, 8)) % 9
-        left, upper, right, lower = _crop_box(d, plate)
-        if rng.random() < d.slip:  # PIL refuses a box that is turned inside out
-            return Look(SHOW_CROP.format(right, upper, left, lower), None)
-        return Look(SHOW_CROP.format(left, upper, right, lower), self.plates[plate])
+        box = _crop_box(d, plate)
+        if rng.random() < d.slip:
+            return Look(TURNED_CROP.format(*box), None)
+        return Look(SHOW_CROP.format(*box), self.plates[plate])
 
-    def caption(self, name: str, rng: Generator, d: Difficulty, folder=None) -> Sample:
-        """What a crop shows, what the picture hints at, or the look that a question asks for."""
+    def lesson(self, name, rng, d) -> Sample | None:
+        """What a crop shows, or what the whole picture hints at; None: a look is to be learned."""
         crops, wholes = d.lessons[:2]
-        lesson = rng.random()
+        share = rng.random()
         plate = _below(rng, 9)
         options = _options(self.kind)
-        if lesson < crops:
+        if share < crops:
             # One plate is painted and not the whole picture, since a crop stays inside it.
             value = self.plates[plate]
-            plate_image = Image.fromarray(_paint_plate(rng, d, self.kind, value, self.side))
-            shift_x, shift_y = self.shift[plate]
-            left, right = _span(self.side // 2 - shift_x, d.crop)
-            upper, lower = _span(self.side // 2 - shift_y, d.crop)
-            crop = plate_image.crop((left, upper, right, lower))
-            return _caption(
-                name, "puzzle_image", "crop", ASK_CROP[self.kind] + options, crop, value
-            )
-        if lesson < crops + wholes:
+            painted = Image.fromarray(_paint_plate(rng, d, self.kind, value, self.side))
+            x, y = self.shift[plate]
+            middle = self.side // 2
+            crop = painted.crop(_box(middle - x, middle - y, d.crop))
+            question = ASK_CROP[self.kind] + options
+            return Sample(name, question, value, (crop,), (), self.source, "crop")
+        if share < crops + wholes:
             question = ASK_WHOLE[self.kind] + options
-            return _caption(name, "puzzle_image", "whole", question, self.paint(d), self.hint)
-        return _call(self.sample(name, d), self.look(rng, d))
+            return Sample(name, question, self.hint, (self.paint(d),), (), self.source, "whole")
+        return None
 
 
 # The video puzzle --------------------------------------------------------------------------------
@@ -413,10 +405,11 @@ class Clip:
     hint: str  # a guess, for demonstrations that never look
     wording: int  # which of the questions in ASK
     texture: int  # seed of all that is random in the pixels
-    split: str = ""  # no part of the checksum, but of the file's name
+    split: str = field(init=False)  # `scenes` sets it, by a checksum of all of the above
+    source = "puzzle_video"
 
     @classmethod
-    def draw(cls, rng: Generator, d: Difficulty) -> "Clip":
+    def draw(cls, rng, d) -> "Clip":
         """A random clip; its file comes later."""
         kind = _pick(rng, d.clips)
         # Short clips come more often than long ones: they are cheap.
@@ -439,31 +432,32 @@ class Clip:
                 return colour
         return None
 
-    def frame(self, d: Difficulty, colour: str | None) -> np.ndarray:
+    def frame(self, d, colour: str | None) -> np.ndarray:
         """One frame as (frame, frame, 3) bytes: a grey texture and the lamp; None: dark."""
         rng = default_rng(self.texture)
         lamp = d.frame // 2
-        brightness = rng.integers(70, 150)
-        grey = brightness + 12 * _noise(rng, 8, d.frame).mean(-1, keepdims=True)
+        grey = rng.integers(70, 150) + 12 * _noise(rng, 8, d.frame).mean(-1, keepdims=True)
         pixels = np.repeat(grey, 3, -1).clip(0, 255).astype(np.uint8)
         x, y = rng.integers(2, d.frame - lamp - 2, 2)
-        pixels[y : y + lamp, x : x + lamp] = COLOURS[colour] if colour else 40
+        pixels[y : y + lamp, x : x + lamp] = COLOURS.get(colour, 40)
         return pixels
 
-    def film(self, d: Difficulty, path: Path) -> None:
+    def film(self, d, path: Path) -> None:
         """Write H.264 in mp4. A pale speck drifts through it, so that no two frames are alike."""
-        planes = {}  # a frame as H.264 has it (YUV), for each colour of the lamp
-        for colour in {None, *(colour for *_, colour in self.lights)}:
+        planes = {}  # a frame as H.264 has it (YUV), for each state of the lamp
+        for colour in (None, *NAMES):
             frame = av.VideoFrame.from_ndarray(self.frame(d, colour), format="rgb24")
-            planes[colour] = frame.reformat(format="yuv420p").to_ndarray()
+            planes[colour] = frame.to_ndarray(format="yuv420p")
         with av.open(str(path), "w", format="mp4") as file:
             stream = file.add_stream("libx264", rate=self.fps)
             stream.width = d.frame
             stream.height = d.frame
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"preset": "ultrafast", "crf": "23"}
-            stream.codec_context.gop_size = 6 * self.fps
-            stream.codec_context.thread_count = 1
+            stream.options = {
+                "preset": "ultrafast",
+                "crf": "23",
+                "g": str(6 * self.fps),  # frames from one that stands by itself to the next
+                "threads": "1",
+            }
             for number in range(self.seconds * self.fps):
                 plane = planes[self.lit(number / self.fps)].copy()
                 x = number % (d.frame - 3)
@@ -472,7 +466,7 @@ class Clip:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(plane, format="yuv420p")))
             file.mux(stream.encode(None))
 
-    def path(self, d: Difficulty, folder=None) -> Path:
+    def path(self, d, folder=None) -> Path:
         """The clip's file, written if it is not there. Its name is a hash of what it shows.
 
         It is written aside and then renamed, so that other processes only ever see whole files.
@@ -492,13 +486,13 @@ class Clip:
                 _make_room(path)
         return path
 
-    def sample(self, name: str, d: Difficulty, folder=None) -> Sample:
+    def sample(self, name, d, folder=None) -> Sample:
         """The clip and its question; a count goes by mean relative accuracy."""
         videos = (str(self.path(d, folder)),)
-        source = "vsi_numerical" if self.kind == "count" else "puzzle_video"
+        source = "vsi_numerical" if self.kind == "count" else self.source
         return Sample(name, _question(self), self.answer, (), videos, source, self.kind)
 
-    def look(self, rng: Generator, d: Difficulty) -> Look:
+    def look(self, rng, d) -> Look:
         """A frame or a count: where the question aims, elsewhere, or with code that fails."""
         aimed = rng.random() < d.aim
         if rng.random() < d.slip:
@@ -518,14 +512,14 @@ class Clip:
         value = None if self.kind == "count" else self.lit(second)  # one frame is no count
         return Look(SHOW_SECOND.format(second), value)
 
-    def caption(self, name: str, rng: Generator, d: Difficulty, folder=None) -> Sample:
-        """What a frame shows, lit or dark, or the look that a question asks for."""
+    def lesson(self, name, rng, d) -> Sample | None:
+        """What a frame shows, lit or dark; None: a look is to be learned."""
         if rng.random() >= d.lessons[0] + d.lessons[1]:
-            return _call(self.sample(name, d, folder), self.look(rng, d))
+            return None
         value = _pick(rng, (*NAMES, "dark"))
-        frame = Image.fromarray(self.frame(d, None if value == "dark" else value))
         question = ASK_CROP["lamp"] + _options("colour")
-        return _caption(name, "puzzle_video", "crop", question, frame, value)
+        frame = Image.fromarray(self.frame(d, value))
+        return Sample(name, question, value, (frame,), (), self.source, "crop")
 
 
 def _changes(rng, d, seconds, answer):
@@ -541,11 +535,10 @@ def _changes(rng, d, seconds, answer):
 
 def _flashes(rng, d, seconds, answer, kind):
     """("first", "last" or "", the lights) of a lamp that is dark most of the time."""
-    numbers = {"flash": 1, "order": 2}
-    number = numbers[kind] if kind in numbers else int(answer)
+    numbers = {"flash": 1, "order": 2, "count": answer}
     # In every other second one flash may begin, so that two never run together.
-    slots = rng.choice(np.arange(1, seconds - 1, 2), number, replace=False)
-    slots.sort()
+    slots = np.arange(1, seconds - 1, 2)
+    slots = np.sort(rng.choice(slots, int(numbers[kind]), replace=False))
     shown = [_pick(rng, NAMES) for _ in slots]
     asked = ""
     if kind == "flash":
@@ -553,7 +546,9 @@ def _flashes(rng, d, seconds, answer, kind):
     elif kind == "order":
         asked = _pick(rng, ("first", "last"))
         other = _pick(rng, _others(NAMES, answer))
-        shown = [answer, other] if asked == "first" else [other, answer]
+        shown = [answer, other]
+        if asked == "last":
+            shown.reverse()
     begins = [round(float(slot + rng.random()), 2) for slot in slots]
     lights = [(begin, begin + d.flash, colour) for begin, colour in zip(begins, shown, strict=True)]
     return asked, lights
@@ -573,9 +568,8 @@ TASKS = {"image": Picture, "video": Clip}
 
 
 def _held_out(scene):
-    """Whether the scene is held out: one in eight, by its own checksum and whatever the seed."""
-    values = {name: value for name, value in vars(scene).items() if name != "split"}
-    return zlib.crc32(repr(values).encode()) % 8 == 0
+    """Whether a scene is held out: one in eight, by its own checksum and whatever the seed."""
+    return zlib.crc32(repr(vars(scene)).encode()) % 8 == 0
 
 
 def scenes(task: str, n: int, seed: int, split: str, use: str, d: Difficulty) -> Iterator[tuple]:
@@ -605,10 +599,10 @@ def scenes(task: str, n: int, seed: int, split: str, use: str, d: Difficulty) ->
 def _turns(scene, rng, d):
     """What a scripted searcher says: some looks, then the value seen last, else the guess."""
     turns = []
-    look = None
+    look = Look("", None)
     seen = scene.hint
-    for _ in range(int(rng.choice(len(d.looks), p=d.looks))):
-        if look is None or look.value is None or rng.random() >= d.recheck:
+    for _ in range(rng.choice(len(d.looks), p=d.looks)):
+        if look.value is None or rng.random() >= d.recheck:
             look = scene.look(rng, d)
         turns.append(CODE.format(look.code))
         seen = look.value or seen
@@ -633,7 +627,7 @@ def puzzles(
     n: int,
     seed: int,
     split: str = "train",
-    folder: str | Path | None = None,
+    folder: Path | None = None,
     **difficulty,
 ) -> list[Sample]:
     """n puzzles; a longer call begins with the same ones.
@@ -643,18 +637,19 @@ def puzzles(
     of Difficulty. Raises ValueError or TypeError for unknown names.
     """
     d = Difficulty(**difficulty)
-    drawn = scenes(task, n, seed, split, "puzzle", d)
-    return [scene.sample(name, d, folder) for name, scene, _ in drawn]
+    return [
+        scene.sample(name, d, folder)
+        for name, scene, _ in scenes(task, n, seed, split, "puzzle", d)
+    ]
 
 
 def demonstrations(task: str, n: int, seed: int, folder=None, **difficulty) -> list[Sample]:
     """n training puzzles with `turns`: what a searcher of mixed quality says, code not yet run."""
     d = Difficulty(**difficulty)
-    samples = []
-    for name, scene, rng in scenes(task, n, seed, "train", "demonstration", d):
-        sample = scene.sample(name, d, folder)
-        samples.append(replace(sample, turns=_turns(scene, rng, d)))
-    return samples
+    return [
+        replace(scene.sample(name, d, folder), turns=_turns(scene, rng, d))
+        for name, scene, rng in scenes(task, n, seed, "train", "demonstration", d)
+    ]
 
 
 def captions(task: str, n: int, seed: int, folder=None, **difficulty) -> list[Sample]:
@@ -663,8 +658,16 @@ def captions(task: str, n: int, seed: int, folder=None, **difficulty) -> list[Sa
     ability: "crop" (what a crop shows), "whole" (the hint) or "call" (where to look).
     """
     d = Difficulty(**difficulty)
-    drawn = scenes(task, n, seed, "train", "caption", d)
-    return [scene.caption(name, rng, d, folder) for name, scene, rng in drawn]
+    samples = []
+    for name, scene, rng in scenes(task, n, seed, "train", "caption", d):
+        sample = scene.lesson(name, rng, d)
+        if sample:
+            turn = ANSWER.format(sample.answer)
+        else:
+            sample = replace(scene.sample(name, d, folder), ability="call")
+            turn = CODE.format(scene.look(rng, d).code)
+        samples.append(replace(sample, turns=[turn]))
+    return samples
 
 
 def corpus(task: str, n: int = 60, folder=None, **difficulty) -> list[str]:
@@ -687,7 +690,4 @@ def corpus(task: str, n: int = 60, folder=None, **difficulty) -> list[str]:
             texts += OBSERVATION.format(figure).split("|")
         if sample.ability == "count":
             texts += [OBSERVATION.format(count + "\n") for count in COUNTS]
-    pieces = []
-    for text in texts:
-        pieces += [piece for piece in VARIES.split(text) if piece]
-    return pieces
+    return [piece for text in texts for piece in VARIES.split(text) if piece]
