@@ -32,18 +32,16 @@ from engine.report import curves, write_report
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib", "av")
 WIDTH = 100  # columns of the terminal
-SHOWN = dict(  # what one wants to see of a step, and how it is called there
-    accuracy="accuracy",
-    reward="reward",
-    tool_calls="calls",
-    loss="loss",
-    seconds_rollout="rollout s",
-    seconds_update="update s",
-    eval_accuracy="held-out",
-    eval_accuracy_greedy="greedy",
+SHOWN = dict(  # what one wants to see of a step, by stage, and what it is called there
+    rl=dict(
+        accuracy="accuracy",
+        reward="reward",
+        tool_calls="calls",
+        eval_accuracy="held-out",
+        eval_accuracy_greedy="greedy",
+    ),
+    sft=dict(loss="loss", demonstrations_skipped="skipped"),
 )
-ONLY_SFT = ("loss",)
-NOT_SFT = ("tool_calls",)
 LOCKS = []  # open files: a lock is held as long as its file is open
 
 
@@ -218,14 +216,14 @@ class Progress:
 
     def line(self, part: str, stage: str, metrics: dict) -> str:
         """A step in words, and the time that is left."""
-        words = [f"{part} {metrics['step']:>3}/{self.parts[part][0]}"]
-        for key in SHOWN:
-            hidden = NOT_SFT if stage == "sft" else ONLY_SFT
-            if key in metrics and key not in hidden:
-                words.append(f"{SHOWN[key]} {metrics[key]:.2f}")
+        words = [f"{part} {metrics['step']}/{self.parts[part][0]}"]
+        for key, name in SHOWN[stage].items():
+            if key in metrics:
+                words.append(f"{name} {metrics[key]:.2f}")
+        seconds = metrics["seconds_rollout"] + metrics["seconds_update"]
         elapsed = time.monotonic() - self.began
         left = int(elapsed * max(0.0, self.total / self.done - 1))
-        words.append(f"{left // 60}:{left % 60:02} left")
+        words.append(f"{seconds:.1f} s  {left // 60}:{left % 60:02} left")
         return "  ".join(words)[:WIDTH]
 
 
@@ -306,7 +304,7 @@ def tracker(config):
         from matplotlib.image import imread
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(Path(config.out, "tensorboard")))
+        writer = SummaryWriter(config.out)
 
         def log(metrics, pictures):
             for key, value in metrics.items():
@@ -318,9 +316,10 @@ def tracker(config):
 
         return log
     package = importlib.import_module(config.tracker)  # wandb and trackio share these calls
-    same = {"id": config.name} if config.tracker == "wandb" else {}
-    settings = asdict(config)
-    package.init(project="pyvision-rl", name=config.name, config=settings, resume="allow", **same)
+    about = dict(project="pyvision-rl", name=config.name, config=asdict(config), resume="allow")
+    if config.tracker == "wandb":
+        about["id"] = config.name
+    package.init(**about)
 
     def log(metrics, pictures):
         shown = {"curves": package.Image(curves_png)} if pictures else {}
