@@ -6,12 +6,6 @@ turn are what makes a laptop fast enough. An image becomes four tokens of 28 x 2
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-)
 
 CHAT_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}\
 <|im_start|>system
@@ -25,6 +19,13 @@ You are a helpful assistant.<|im_end|>
 
 def write_tiny_policy(folder, texts: list[str], seed: int, vocabulary: int) -> None:
     """Write a random policy to `folder`. texts: what its tokenizer is trained on."""
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLImageProcessorPil,
+    )
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
