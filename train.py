@@ -15,13 +15,11 @@ save. What is not here, and why:
   torchrun --nproc_per_node=8 train.py --model Agents-X/PyVision-Image-7B-SFT --data rl.json
 """
 
-import errno
-import json
 import math
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,18 +28,18 @@ import torch
 from data import DataError, load, load_templates
 from engine import parallel
 from engine.batching import flat, microbatches, share
-from engine.checkpoint import FullDisk, complete, load_state, save_policy, save_state
+from engine.checkpoint import complete, load_state, save_policy, save_state
 from engine.demonstrations import Demonstrations
 from engine.fast import FastPolicy
-from engine.flags import stop
+from engine.judge import open_judge
 from engine.metrics import mean, measure
-from engine.run import Journal, NoProgress, Progress, check, greet, leader, open_folder, settle
+from engine.run import Journal, Progress, check, greet, leader, one_line_errors, open_folder, settle
 from model import load_policy
-from reward import Judge, score
+from reward import score
 from rollout import EndReason, Limits, Recital, rollout, select, teaches
 from sandbox import SandboxError
-from tasks.cold_start import SECONDS, STAGES, cold_start_folder, stages
-from tasks.puzzles import Difficulty, puzzles
+from tasks.cold_start import cold_start_folder, parts_of_job, stages
+from tasks.puzzles import puzzles, read_difficulty
 
 
 @dataclass
@@ -156,15 +154,9 @@ class Run:
         self.out = Path(config.out)
         self.samples = samples
         self.held = held
-        self.difficulty = difficulty(config)
-        self.templates = None
-        if config.prompt_template:
-            self.templates = load_templates(config.prompt_template)
-        self.judge = None
-        if config.judge:
-            cache = self.out / "judge.jsonl"
-            key = config.judge_key_file or None
-            self.judge = Judge(config.judge, config.judge_model, cache, api_key=key)
+        self.difficulty = read_difficulty(config.difficulty)
+        self.templates = load_templates(config.prompt_template)
+        self.judge = open_judge(config)
         self.demonstrations = Demonstrations()
         self.step = 0
         self.position = 0  # in the stream of prompts
@@ -246,10 +238,17 @@ def recite(run: Run) -> list:
     """Groups of one: demonstrations whose code really ran, with advantage 1."""
     wanted = list(prompts(run, run.config.batch_size))
     new = {row: sample for row, sample in wanted if row not in run.demonstrations}
-    longest = max((len(sample.turns) for sample in new.values()), default=1)
-    reciter = Recital(run.policy)
-    seed = run.config.seed
-    spoken = rollout(reciter, list(new.values()), 1, run.config, max_turns=longest, seed=seed)
+    samples = list(new.values())
+    lengths = [len(sample.turns or ()) for sample in samples]
+    spoken = rollout(
+        Recital(run.policy),
+        samples,
+        1,
+        run.config,
+        max_turns=max(lengths, default=1),
+        templates=run.templates,
+        seed=run.config.seed,
+    )
     fresh = {row: t for row, (t,) in zip(new, spoken, strict=True)}
     groups = []
     for row, _ in wanted:
@@ -274,7 +273,10 @@ def choose(run: Run, groups: list):
         )
     kept = []
     for (t,) in groups:
-        if t.end_reason is EndReason.DONE and t.answer is not None:
+        answered = t.end_reason is EndReason.DONE and t.answer is not None
+        # A sample without a reference is a lesson in how to begin: it ends with its code.
+        begun = t.end_reason is EndReason.EXCEED_MAX_TURNS and not t.sample.answer
+        if answered or begun:
             kept.append([t])
         else:
             run.demonstrations.report(t)
@@ -333,14 +335,8 @@ def gradient(run: Run, part: list):
         sums += backward(run, batch, 1 / tokens)
     for _ in range(most - len(batches)):
         backward(run, part[0][:1], 0.0)  # only keeps the processes in step
-    weights = list(run.model.parameters())
-    for weight in weights:
-        if weight.grad is None:  # no image in the batch: no matter to the optimizer
-            weight.grad = torch.zeros_like(weight)
-    norm = torch.nn.utils.clip_grad_norm_(weights, run.config.max_grad_norm)
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
-    return sum(parallel.gather([sums])), float(norm)
+    norm = parallel.clip_gradients(run.model, run.config.max_grad_norm)
+    return sum(parallel.gather([sums])), norm
 
 
 def update(run: Run, groups: list) -> dict:
@@ -374,22 +370,21 @@ def update(run: Run, groups: list) -> dict:
 
 # ----------------------------------------------------------------------------------------- evaluate
 def held_out(run: Run) -> dict:
-    """Accuracy on the held-out samples, sampled as in training and greedily, over all processes."""
-    config = run.config
+    """How it does on the held-out samples, sampled as in training and greedily."""
     metrics = {}
     mine = run.held[parallel.rank() :: parallel.world()]
-    for kind, temperature in (("", config.temperature), ("_greedy", 0.0)):
+    for kind, temperature in (("", run.config.temperature), ("_greedy", 0.0)):
         done = []
-        state = run.policy.generator.get_state()
+        undisturbed = run.policy.generator.get_state()
         run.policy.generator.manual_seed(0)
         for start in range(0, len(mine), EVAL_BATCH):
             batch = mine[start : start + EVAL_BATCH]
             done += flat(run.rollout(batch, 1, temperature=temperature))
-        run.policy.generator.set_state(state)
-        rows = parallel.gather([(bool(t.correct), t.n_tool_calls, t.visual_tokens) for t in done])
-        names = ("accuracy", "tool_calls", "visual_tokens")
-        for name, column in zip(names, zip(*rows, strict=True), strict=True):
-            metrics[f"eval_{name}{kind}"] = mean(column)
+        run.policy.generator.set_state(undisturbed)
+        done = parallel.gather(done)
+        metrics[f"eval_accuracy{kind}"] = mean(bool(t.correct) for t in done)
+        metrics[f"eval_tool_calls{kind}"] = mean(t.n_tool_calls for t in done)
+        metrics[f"eval_visual_tokens{kind}"] = mean(t.visual_tokens for t in done)
     return metrics
 
 
@@ -420,21 +415,11 @@ def train(run: Run) -> None:
 
 
 # -------------------------------------------------------------------------------------------- begin
-def difficulty(config: Config) -> dict:
-    """--difficulty as arguments of `puzzles`. Raises DataError."""
-    try:
-        return asdict(Difficulty(**json.loads(config.difficulty or "{}")))
-    except (ValueError, TypeError) as error:
-        raise DataError(
-            f"--difficulty: a JSON object of fields of Difficulty in tasks/puzzles.py ({error})"
-        ) from None
-
-
 def configure(argv: list[str] | None = None) -> Config:
     """Flags -> Config, checked before any model is loaded. Raises DataError."""
     config = settle(Config, argv, LAPTOP)
     check(config, EXPECTED, LEAST)
-    difficulty(config)
+    read_difficulty(config.difficulty)
     if config.slow and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("--slow is for one process")
     open_folder(Path(config.out))
@@ -444,7 +429,7 @@ def configure(argv: list[str] | None = None) -> Config:
 def cold_start(config: Config, folder: Path, progress: Progress) -> None:
     """Make the tiny policy: teach it to see and to look, by SFT on scripted demonstrations."""
     aside = folder.with_name(folder.name + ".tmp")
-    for part, stage, samples in stages(config, aside, difficulty(config)):
+    for part, stage, samples in stages(config, aside):
         run = Run(stage, samples, progress=progress, part=part)
         train(run)
         save_policy(run.policy, aside)
@@ -464,17 +449,17 @@ def begin(config: Config) -> Run:
     if config.stage == "sft" and not (samples and samples[0].turns):
         raise DataError("--stage sft needs --data with demonstrations: rows with turns")
     if config.eval_every and not held and not samples:
-        held = puzzles(config.task, config.eval_n, config.seed, "heldout", **difficulty(config))
+        held = puzzles(
+            config.task, config.eval_n, config.seed, "heldout", **read_difficulty(config.difficulty)
+        )
     parallel.prepare()
-    parts = {config.stage: config.steps}
-    folder = cold_start_folder(config, difficulty(config))
-    if not config.model and not folder.exists():
-        parts = {**{part: made["steps"] for part, made in STAGES.items()}, **parts}
-    progress = Progress({part: (steps, SECONDS[part]) for part, steps in parts.items()})
-    greet(config, samples, held, len(parts) > 1)
-    if len(parts) > 1 and leader():
-        cold_start(config, folder, progress)
-    config.model = config.model or str(folder)
+    folder = cold_start_folder(config)
+    progress = Progress(parts_of_job(config))
+    greet(config, samples, held)
+    if not config.model:
+        if leader() and not folder.exists():
+            cold_start(config, folder, progress)
+        config.model = str(folder)
     parallel.join()
     run = Run(config, samples, held, states[-1] if states else None, progress)
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "terminated", True))
@@ -484,32 +469,13 @@ def begin(config: Config) -> Run:
     return run
 
 
-def interrupted(*_) -> None:
-    """Ctrl-C ends at once.
-
-    What runs at the time may be a library that turns KeyboardInterrupt into an error of its own.
-    Sandboxes end with this process, and checkpoints are complete or absent.
-    """
-    os.write(2, b"train.py: stopped; --resume goes on from the last checkpoint\n")
-    os._exit(130)
-
-
 def main() -> None:
-    """Bad input ends with one line and exit code 2; a run that cannot go on with exit code 1."""
-    signal.signal(signal.SIGINT, interrupted)
-    try:
+    """Train as the command line says."""
+    with one_line_errors(SandboxError):
         run = begin(configure())
         train(run)
         run.journal.end()
         parallel.leave()
-    except (DataError, SandboxError) as error:
-        stop(str(error), 2)
-    except (FullDisk, NoProgress) as error:
-        stop(str(error), 1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        stop(f"{error}; checkpoints are whole (--resume)", 1)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 CAUSAL = (-1, 0)  # the window_size of causal attention
 EVERYTHING = (-1, -1)
 HALF = (torch.float16, torch.bfloat16)
-FEW_QUERIES = 32  # sequences with at most so many share one call of the kernel
+SHORT = 2**14  # queries times keys: sequences up to it share one call of the kernel, padded
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -65,12 +65,10 @@ def varlen_attention(
             seqused_k=seqused_k,
         )
     causal = tuple(window_size) == CAUSAL
-    few = 1 <= max_q <= (1 if causal else FEW_QUERIES)
-    capacity = regular_stride(cu_seq_k) if few and seqused_k is not None else 0
-    if capacity and max_k and not query.is_cuda:
-        key = key.unflatten(0, (-1, capacity))[:, :max_k]
-        value = value.unflatten(0, (-1, capacity))[:, :max_k]
-        out, lse = cached_attention(query, key, value, cu_seq_q, max_q, seqused_k, scale)
+    stride = regular_stride(cu_seq_k) if seqused_k is not None else max_k
+    if 0 < max_q * max_k <= SHORT and stride and not query.is_cuda:
+        inputs = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k)
+        out, lse = padded_attention(*inputs, stride, causal, scale)
     else:
         pairs = sequences(cu_seq_q, cu_seq_k, seqused_k, causal)
         attend = plain_attention if query.is_cuda else flash_attention
@@ -198,23 +196,52 @@ class FlashOnCPU(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def cached_attention(query, key, value, cu_seq_q, max_q, used, scale):
-    """Few queries of each sequence look at its cache (B, S, Hk, D), in one call. No gradient."""
-    rows, length, key_heads, _ = key.shape
-    place = cu_seq_q[:-1, None] + torch.arange(max_q)  # (B, max_q)
-    real = place < cu_seq_q[1:, None]
-    queries = query[place.clamp(max=len(query) - 1)]  # (B, max_q, H, D)
+def padded_attention(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, used, stride, causal, scale
+):
+    """Short sequences, padded to (B, H, max_q, D) and (B, Hk, max_k, D): one call for all.
+
+    Their mask is small, and a call for each sequence would take longer than what padding adds.
+    """
+    key_heads = key.shape[1]
+    shared = query.shape[1] // key_heads
+    lengths = cu_seq_q.diff()[:, None]
+    real = torch.arange(max_q) < lengths  # (B, max_q)
+    if used is None:
+        used = cu_seq_k.diff()
+        real_keys = torch.arange(max_k) < used[:, None]
+        key, value = pad(key, real_keys), pad(value, real_keys)
+    else:
+        key = key.unflatten(0, (-1, stride))[:, :max_k]
+        value = value.unflatten(0, (-1, stride))[:, :max_k]
+    last = used[:, None] - 1  # (B, max_q or 1): the last key that a query sees
+    if causal:
+        last = torch.minimum(last, last + 1 - lengths + torch.arange(max_q))
+    ahead = torch.arange(max_k) > last[..., None]
+    bias = query.new_zeros(ahead.shape).masked_fill_(ahead, -torch.inf)
+    if causal:
+        bias = bias.repeat_interleave(shared, 1)
     # The heads that share a key head become queries of it, so that each key is read once.
-    queries = queries.unflatten(2, (key_heads, -1)).transpose(1, 2).flatten(2, 3)
-    unused = torch.arange(length) >= used[:, None]
-    bias = query.new_zeros(rows, length).masked_fill(unused, -torch.inf)
-    key = key.transpose(1, 2)
-    value = value.transpose(1, 2)
-    out, lse = FLASH(queries, key, value, attn_mask=bias[:, None, None], scale=scale)
-    out = out.unflatten(2, (max_q, -1)).transpose(1, 2)  # (B, max_q, Hk, H / Hk, D)
-    lse = lse.unflatten(2, (max_q, -1)).transpose(1, 2)
-    lse = lse.masked_fill(used[:, None, None, None] == 0, -torch.inf)
-    return out[real].flatten(1, 2), lse[real].flatten(1).t()
+    queries = pad(query, real).unflatten(2, (key_heads, shared)).transpose(1, 2).flatten(2, 3)
+    out, lse = FLASH(
+        queries, key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias[:, None], scale=scale
+    )
+    out = out.unflatten(2, (max_q, shared)).transpose(1, 2).flatten(2, 3)  # (B, max_q, H, D)
+    lse = lse.unflatten(2, (max_q, shared)).transpose(1, 2).flatten(2, 3)
+    lse = lse.masked_fill(last[..., None] < 0, -torch.inf)
+    return unpad(out, real), unpad(lse, real).t()
+
+
+def pad(x, real):
+    """Packed (N, ...) -> (B, T, ...), zero where not real (B, T)."""
+    place = real.flatten().nonzero()[:, 0]
+    padded = x.new_zeros(real.numel(), *x.shape[1:])
+    return padded.index_copy_(0, place, x).unflatten(0, real.shape)
+
+
+def unpad(x, real):
+    """(B, T, ...) -> packed (N, ...)."""
+    return x.flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0])
 
 
 def packed_attention(

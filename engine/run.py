@@ -5,6 +5,7 @@ metrics.jsonl gets a line a step, at once. On a terminal there is one bar for th
 file there are only lines. A line has at most 100 columns.
 """
 
+import errno
 import fcntl
 import importlib
 import importlib.metadata
@@ -12,9 +13,11 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -23,23 +26,22 @@ from tqdm import tqdm
 
 from data import DataError
 from engine.batching import flat
-from engine.flags import parse_flags
+from engine.checkpoint import FullDisk
+from engine.flags import parse_flags, stop
 from engine.report import curves, write_report
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib", "av")
 WIDTH = 100  # columns of the terminal
-SHOWN = dict(  # what one wants to see of a step, and how it is called there
-    accuracy="accuracy",
-    reward="reward",
-    tool_calls="calls",
-    loss="loss",
-    seconds_rollout="rollout s",
-    seconds_update="update s",
-    eval_accuracy="held-out",
-    eval_accuracy_greedy="greedy",
+SHOWN = dict(  # what one wants to see of a step, by stage, and what it is called there
+    rl=dict(
+        accuracy="accuracy",
+        reward="reward",
+        tool_calls="calls",
+        eval_accuracy="held-out",
+        eval_accuracy_greedy="greedy",
+    ),
+    sft=dict(loss="loss", demonstrations_skipped="skipped"),
 )
-ONLY_SFT = ("loss",)
-NOT_SFT = ("tool_calls",)
 LOCKS = []  # open files: a lock is held as long as its file is open
 
 
@@ -59,22 +61,46 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def greet(config, samples, held, cold_start: bool) -> None:
+def greet(config, samples, held) -> None:
     """Say what is going to happen, before anything slow."""
-    policy = config.model or "the built-in tiny one, which knows only the built-in puzzles"
     data = f"{config.data}, {len(samples)} rows" if config.data else f"puzzles, {config.task}"
     processes = os.environ.get("WORLD_SIZE", "1")
-    say(f"policy   {policy}")
+    say(f"policy   {config.model or 'the built-in tiny one, for the built-in puzzles'}")
     say(f"data     {data}; {len(held)} held out")
-    say(
-        f"out      {config.out}, {config.steps} steps of stage {config.stage}, processes: {processes}"
-    )
+    say(f"run      {config.steps} steps of {config.stage} in {config.out}; processes: {processes}")
     if not config.model:
-        say("time     4 to 10 minutes on two cores, of which the cold start takes a third")
+        say("time     the default run takes 4 to 10 minutes on two cores, with its cold start")
     if config.data and not config.model:
         say("note     --data without --model trains the tiny policy, no model for photographs")
-    if cold_start:
-        say("first    a cold start teaches the tiny policy to see and to look; later runs reuse it")
+
+
+@contextmanager
+def one_line_errors(*bad_input):
+    """Around a command: what goes wrong is one line, and Ctrl-C ends it at once.
+
+    Exit codes: 2 for bad input (DataError, and errors of the classes in `bad_input`), 1 where the
+    run cannot go on, 130 after Ctrl-C.
+    """
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    except (DataError, *bad_input) as error:
+        stop(str(error), 2)
+    except (FullDisk, NoProgress) as error:
+        stop(str(error), 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        stop(f"{error}; checkpoints are whole (--resume)", 1)
+
+
+def interrupted(*_) -> None:
+    """What runs at the time may be a library that turns KeyboardInterrupt into an error of its own.
+
+    So the process ends here. Its sandboxes end with it, and checkpoints are complete or absent.
+    """
+    os.write(2, b"stopped; the same command with --resume goes on from the last checkpoint\n")
+    os._exit(130)
 
 
 # ------------------------------------------------------------------------------------- the settings
@@ -190,14 +216,14 @@ class Progress:
 
     def line(self, part: str, stage: str, metrics: dict) -> str:
         """A step in words, and the time that is left."""
-        words = [f"{part} {metrics['step']:>3}/{self.parts[part][0]}"]
-        for key in SHOWN:
-            hidden = NOT_SFT if stage == "sft" else ONLY_SFT
-            if key in metrics and key not in hidden:
-                words.append(f"{SHOWN[key]} {metrics[key]:.2f}")
+        words = [f"{part} {metrics['step']}/{self.parts[part][0]}"]
+        for key, name in SHOWN[stage].items():
+            if key in metrics:
+                words.append(f"{name} {metrics[key]:.2f}")
+        seconds = metrics["seconds_rollout"] + metrics["seconds_update"]
         elapsed = time.monotonic() - self.began
         left = int(elapsed * max(0.0, self.total / self.done - 1))
-        words.append(f"{left // 60}:{left % 60:02} left")
+        words.append(f"{seconds:.1f} s  {left // 60}:{left % 60:02} left")
         return "  ".join(words)[:WIDTH]
 
 
@@ -278,7 +304,7 @@ def tracker(config):
         from matplotlib.image import imread
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(Path(config.out, "tensorboard")))
+        writer = SummaryWriter(config.out)
 
         def log(metrics, pictures):
             for key, value in metrics.items():
@@ -290,9 +316,10 @@ def tracker(config):
 
         return log
     package = importlib.import_module(config.tracker)  # wandb and trackio share these calls
-    same = {"id": config.name} if config.tracker == "wandb" else {}
-    settings = asdict(config)
-    package.init(project="pyvision-rl", name=config.name, config=settings, resume="allow", **same)
+    about = dict(project="pyvision-rl", name=config.name, config=asdict(config), resume="allow")
+    if config.tracker == "wandb":
+        about["id"] = config.name
+    package.init(**about)
 
     def log(metrics, pictures):
         shown = {"curves": package.Image(curves_png)} if pictures else {}

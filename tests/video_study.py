@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from evaluate import compare  # noqa: E402
-from tasks.puzzles import COUNTS, Difficulty, _scenes, puzzles  # noqa: E402
+from tasks.puzzles import COUNTS, Difficulty, puzzles, scenes  # noqa: E402
 
 ARMS = {"on demand": "", "uniform, 8 frames": "8", "uniform, 1 fps": "1fps"}
 COLUMNS = "accuracy", "95 % interval", "greedily", "visual tokens", "frames looked at", "seconds covered", "tool calls"
@@ -53,17 +53,17 @@ def ceiling(arm, n):
     """Percent of the held-out puzzles that a perfect reader of the arm's uniform frames would answer, at most: the
     colour where a frame shows it, else a guess; of flashes, the number that makes those it sees most likely."""
     right = []
-    for _, _, _, scene in _scenes("video", n, 0, "heldout", "puzzle", Difficulty()):
-        frames = scene["seconds"] if ARMS[arm] == "1fps" else int(ARMS[arm])
-        times = (np.arange(frames) + 0.5) * scene["seconds"] / frames
-        seen = [light for light in scene["lights"] if any(light[0] <= time < light[1] for time in times)]
-        if scene["kind"] == "count":
-            p = min(1.0, 0.5 * frames / scene["seconds"])       # that a frame shows a flash
+    for _, scene, _ in scenes("video", n, 0, "heldout", "puzzle", Difficulty()):
+        frames = scene.seconds if ARMS[arm] == "1fps" else int(ARMS[arm])
+        times = (np.arange(frames) + 0.5) * scene.seconds / frames
+        seen = [light for light in scene.lights if any(light[0] <= time < light[1] for time in times)]
+        if scene.kind == "count":
+            p = min(1.0, 0.5 * frames / scene.seconds)       # that a frame shows a flash
             likely = [math.comb(k, len(seen)) * p ** len(seen) * (1 - p) ** (k - len(seen)) for k in map(int, COUNTS)]
-            right.append(COUNTS[int(np.argmax(likely))] == scene["answer"])
+            right.append(COUNTS[int(np.argmax(likely))] == scene.answer)
         else:
-            asked = [colour for begin, _, colour in seen if scene["kind"] != "second" or begin == scene["asked"]]
-            right.append(1 if scene["answer"] in asked else 1 / 6)
+            asked = [colour for begin, _, colour in seen if scene.kind != "second" or begin == scene.asked]
+            right.append(1 if scene.answer in asked else 1 / 6)
     return 100 * np.mean(right)
 
 
