@@ -36,7 +36,7 @@ from engine.metrics import mean, measure
 from engine.run import Journal, Progress, check, greet, leader, one_line_errors, open_folder, settle
 from model import load_policy
 from reward import score
-from rollout import EndReason, Limits, Recital, rollout, select, teaches
+from rollout import Limits, Recital, rollout, select, teaches
 from sandbox import SandboxError
 from tasks.cold_start import cold_start_folder, parts_of_job, stages
 from tasks.puzzles import puzzles, read_difficulty
@@ -157,7 +157,7 @@ class Run:
         self.difficulty = read_difficulty(config.difficulty)
         self.templates = load_templates(config.prompt_template)
         self.judge = open_judge(config)
-        self.demonstrations = Demonstrations()
+        self.demonstrations = Demonstrations(config.frames)
         self.step = 0
         self.position = 0  # in the stream of prompts
         self.rows = []  # of metrics.jsonl
@@ -271,15 +271,7 @@ def choose(run: Run, groups: list):
             config.normalize_std,
             seed=config.seed + run.position,
         )
-    kept = []
-    for (t,) in groups:
-        answered = t.end_reason is EndReason.DONE and t.answer is not None
-        # A sample without a reference is a lesson in how to begin: it ends with its code.
-        begun = t.end_reason is EndReason.EXCEED_MAX_TURNS and not t.sample.answer
-        if answered or begun:
-            kept.append([t])
-        else:
-            run.demonstrations.report(t)
+    kept = [[t] for (t,) in groups if run.demonstrations.accept(t)]
     return kept, dict(demonstrations_skipped=len(groups) - len(kept))
 
 
