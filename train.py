@@ -342,10 +342,10 @@ def update(run: Run, groups: list) -> dict:
     parts = [groups[k :: config.minibatches] for k in range(config.minibatches)]
     for part in filter(None, parts):
         sums, norm = gradient(run, part)
-        gaps.append(float(sums[3] / sums[4]))
         if math.isfinite(norm) and math.isfinite(sums[0]):
             run.optimizer.param_groups[0]["lr"] = lr
             run.optimizer.step()
+            gaps.append(float(sums[3] / sums[4]))
             totals += sums
             norms.append(norm)
         else:
