@@ -415,6 +415,8 @@ def configure(argv: list[str] | None = None) -> Config:
     if config.slow and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("--slow is for one process")
     open_folder(Path(config.out))
+    load_templates(config.prompt_template)
+    open_judge(config)
     return config
 
 
@@ -438,7 +440,7 @@ def begin(config: Config) -> Run:
         raise DataError(f"--resume: no complete checkpoint in {out}; start without --resume")
     samples = load(config.data) if config.data else []
     held = load(config.eval_data) if config.eval_data else []
-    if config.stage == "sft" and not (samples and samples[0].turns):
+    if config.stage == "sft" and not any(sample.turns for sample in samples):
         raise DataError("--stage sft needs --data with demonstrations: rows with turns")
     if config.eval_every and not held and not samples:
         held = puzzles(
