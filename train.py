@@ -374,6 +374,7 @@ def held_out(run: Run) -> dict:
             done += flat(run.rollout(batch, 1, temperature=temperature))
         run.policy.generator.set_state(undisturbed)
         done = parallel.gather(done)
+        run.journal.name_unreadable(done)
         metrics[f"eval_accuracy{kind}"] = mean(bool(t.correct) for t in done)
         metrics[f"eval_tool_calls{kind}"] = mean(t.n_tool_calls for t in done)
         metrics[f"eval_visual_tokens{kind}"] = mean(t.visual_tokens for t in done)
@@ -399,7 +400,8 @@ def train(run: Run) -> None:
             metrics.update(held_out(run))
         stopped = any(parallel.gather([run.terminated]))
         saving = stopped or run.due(config.save_every)
-        run.journal.log(metrics, groups, kept, saving or run.due(config.eval_every))
+        pictures = saving or run.due(config.eval_every) or run.step == config.steps
+        run.journal.log(metrics, groups, kept, pictures)
         if saving:
             run.save()
         if stopped:
