@@ -59,7 +59,6 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -89,14 +88,6 @@ STRIPES = {  # (x, y): the direction across the stripes
 # No number is within 30 % of two of these, so MRA >= 0.5 accepts one guess in four.
 COUNTS = ("1", "2", "4", "8")
 NAMES = tuple(COLOURS)
-VALUES = {  # the possible answers
-    "colour": NAMES,
-    "stripes": tuple(STRIPES),
-    "second": NAMES,
-    "flash": NAMES,
-    "order": NAMES,
-    "count": COUNTS,
-}
 KEPT = 4000  # clips in the cache
 UNUSED = 3 * 3600  # seconds after which no run can still need a clip beyond these
 
@@ -130,6 +121,8 @@ ASK = {  # {}: what is asked for
         "The lamp lights up several times. How often? Count.",
     ),
 }
+# The possible answers to each kind of question
+VALUES = dict.fromkeys(ASK, NAMES) | {"stripes": tuple(STRIPES), "count": COUNTS}
 ASK_CROP = {  # about a picture that shows only what is asked for
     "colour": "What colour is the tiny square?",
     "stripes": "Which way do the fine stripes run?",
@@ -162,7 +155,7 @@ ERRORS = (
     "ValueError: Coordinate 'right' is less than 'left'",
     "IndexError: Index: 720 out of bound: 320",
 )
-ANSWERS = "|".join(sorted({*COLOURS, *STRIPES}))
+ANSWERS = "|".join([*COLOURS, *STRIPES])
 VARIES = re.compile(  # a text is cut around what this finds
     r"(\d\d+"  # a number: a place, a second, a size
     r"|(?<=late )\d"  # the plate that is asked about
@@ -233,8 +226,7 @@ def _options(kind):
 
 
 def _question(scene):
-    words = ASK[scene.kind][scene.wording]
-    return words.format(scene.asked) + _options(scene.kind)
+    return ASK[scene.kind][scene.wording].format(scene.asked) + _options(scene.kind)
 
 
 # In all that follows, `rng` is a numpy Generator and `d` a Difficulty.
@@ -350,8 +342,7 @@ class Picture:
             x, y = _centre(d, plate)
             right, down = self.shift[plate]
             left, upper, right, lower = _box(x + right, y + down, self.side)
-            painted = _paint_plate(rng, d, self.kind, value, self.side)
-            pixels[upper:lower, left:right] = painted
+            pixels[upper:lower, left:right] = _paint_plate(rng, d, self.kind, value, self.side)
         return Image.fromarray(pixels)
 
     def sample(self, name, d, folder=None) -> Sample:
@@ -424,14 +415,14 @@ class Clip:
         texture = _below(rng, 2**32)
         return cls(kind, seconds, fps, answer, asked, lights, hint, wording, texture)
 
-    def lit(self, second: float) -> str | None:
+    def lit(self, second) -> str | None:
         """The lamp's colour at a time in seconds, or None while it is dark."""
         for begin, end, colour in self.lights:
             if begin <= second < end:
                 return colour
         return None
 
-    def frame(self, d, colour: str | None) -> np.ndarray:
+    def frame(self, d, colour) -> np.ndarray:
         """One frame as (frame, frame, 3) bytes: a grey texture and the lamp; None: dark."""
         rng = default_rng(self.texture)
         lamp = d.frame // 2
@@ -441,7 +432,7 @@ class Clip:
         pixels[y : y + lamp, x : x + lamp] = COLOURS.get(colour, 40)
         return pixels
 
-    def film(self, d, path: Path) -> None:
+    def film(self, d, path) -> None:
         """Write H.264 in mp4. A pale speck drifts through it, so that no two frames are alike."""
         planes = {}  # a frame as H.264 has it (YUV), for each state of the lamp
         for colour in (None, *NAMES):
@@ -495,8 +486,8 @@ class Clip:
         """A frame or a count: where the question aims, elsewhere, or with code that fails."""
         aimed = rng.random() < d.aim
         if rng.random() < d.slip:
-            after_the_end = d.every * (self.seconds // d.every + 1)
-            return Look(SHOW_SECOND.format(after_the_end), None)
+            # At a second after the end there is no frame.
+            return Look(SHOW_SECOND.format(d.every * (self.seconds // d.every + 1)), None)
         if self.kind == "count" and aimed:
             return Look(COUNT_FLASHES, self.answer)
         if self.kind == "order" or (self.kind == "flash" and aimed):
@@ -523,8 +514,7 @@ class Clip:
 
 def _changes(rng, d, seconds, answer):
     """(the second that is asked about, the lights) of a lamp that changes every second."""
-    latest = (seconds - 1) // d.every
-    asked = d.every * (1 + _below(rng, latest))
+    asked = d.every * (1 + _below(rng, (seconds - 1) // d.every))
     lights = []
     for second in range(seconds):
         colour = answer if second == asked else _pick(rng, NAMES)
@@ -544,8 +534,7 @@ def _flashes(rng, d, seconds, answer, kind):
         shown = [answer]
     elif kind == "order":
         asked = _pick(rng, ("first", "last"))
-        other = _pick(rng, _others(NAMES, answer))
-        shown = [answer, other]
+        shown = [answer, _pick(rng, _others(NAMES, answer))]
         if asked == "last":
             shown.reverse()
     begins = [round(float(slot + rng.random()), 2) for slot in slots]
@@ -556,8 +545,7 @@ def _flashes(rng, d, seconds, answer, kind):
 def _make_room(newest):
     """Delete the oldest clips beside `newest` beyond KEPT, unless a run may still need them."""
     with suppress(FileNotFoundError):  # another process may make room at the same time
-        files = sorted(newest.parent.iterdir(), key=os.path.getmtime)
-        for file in files[:-KEPT]:
+        for file in sorted(newest.parent.iterdir(), key=os.path.getmtime)[:-KEPT]:
             if newest.stat().st_mtime - file.stat().st_mtime > UNUSED:
                 file.unlink()
 
@@ -567,17 +555,18 @@ TASKS = {"image": Picture, "video": Clip}
 
 
 def _held_out(scene):
-    """Whether a scene is held out: one in eight, by its own checksum and whatever the seed."""
+    """Whether a scene is held out: one in eight, whatever the seed. Its split is not set yet."""
     return zlib.crc32(repr(vars(scene)).encode()) % 8 == 0
 
 
-def scenes(task: str, n: int, seed: int, split: str, use: str, d: Difficulty) -> Iterator[tuple]:
-    """(the sample's name, the scene, the random numbers that go on from it), n times.
+def scenes(task: str, n: int, seed: int, split: str, use: str, **difficulty):
+    """Yield (a sample's name, its scene, its random numbers, the Difficulty) n times.
 
     The first of them do not depend on n. `use` sets apart what scenes are drawn for. The seed
     shifts the alternation of several tasks, so that single samples of successive seeds alternate,
     too. Raises ValueError for an unknown task or split.
     """
+    d = Difficulty(**difficulty)
     names = task.split(",")
     if not set(names) <= set(TASKS) or split not in ("train", "heldout"):
         raise ValueError(
@@ -586,13 +575,12 @@ def scenes(task: str, n: int, seed: int, split: str, use: str, d: Difficulty) ->
         )
     for index in range(n):
         name = names[(seed + index) % len(names)]
-        stream = zlib.crc32(f"{name} {split} {use}".encode())
-        rng = default_rng((seed % 2**63, index, stream))
+        rng = default_rng((seed % 2**63, index, zlib.crc32(f"{name} {split} {use}".encode())))
         scene = TASKS[name].draw(rng, d)
         while _held_out(scene) != (split == "heldout"):
             scene = TASKS[name].draw(rng, d)
         scene.split = split
-        yield f"{name}-{use}-{split}-{seed}-{index}", scene, rng
+        yield f"{name}-{use}-{split}-{seed}-{index}", scene, rng, d
 
 
 def _turns(scene, rng, d):
@@ -622,19 +610,17 @@ def puzzles(
     the same scene. folder: of the clips; None: a cache in the temporary folder. difficulty: fields
     of Difficulty. Raises ValueError or TypeError for unknown names.
     """
-    d = Difficulty(**difficulty)
     return [
         scene.sample(name, d, folder)
-        for name, scene, _ in scenes(task, n, seed, split, "puzzle", d)
+        for name, scene, _, d in scenes(task, n, seed, split, "puzzle", **difficulty)
     ]
 
 
 def demonstrations(task: str, n: int, seed: int, folder=None, **difficulty) -> list[Sample]:
     """n training puzzles with `turns`: what a searcher of mixed quality says, code not yet run."""
-    d = Difficulty(**difficulty)
     return [
         replace(scene.sample(name, d, folder), turns=_turns(scene, rng, d))
-        for name, scene, rng in scenes(task, n, seed, "train", "demonstration", d)
+        for name, scene, rng, d in scenes(task, n, seed, "train", "demonstration", **difficulty)
     ]
 
 
@@ -643,9 +629,8 @@ def captions(task: str, n: int, seed: int, folder=None, **difficulty) -> list[Sa
 
     ability: "crop" (what a crop shows), "whole" (the hint) or "call" (where to look).
     """
-    d = Difficulty(**difficulty)
     samples = []
-    for name, scene, rng in scenes(task, n, seed, "train", "caption", d):
+    for name, scene, rng, d in scenes(task, n, seed, "train", "caption", **difficulty):
         sample = scene.lesson(name, rng, d)
         if sample:
             turn = ANSWER.format(sample.answer)
@@ -663,13 +648,13 @@ def corpus(task: str, n: int = 60, folder=None, **difficulty) -> list[str]:
     start of an action). Then no token spans a choice of the policy or hides a number of the
     question, and "40" read is the same token as "40" written.
     """
-    n = n * len(task.split(","))
+    n *= len(task.split(","))
     samples = captions(task, n, 0, folder, **difficulty)
     samples += demonstrations(task, 2 * n, 0, folder, **difficulty)
     texts = [OBSERVATION.format(TRACEBACK.format(error)) for error in ERRORS]
     for sample in samples:
-        (message,) = messages(sample)
-        texts += [part["text"] for part in message["content"] if "text" in part]
+        parts = messages(sample)[0]["content"]
+        texts += [part["text"] for part in parts if "text" in part]
         texts += sample.turns
         for turn in range(len(sample.turns)):
             figure = FIGURE.format(len(sample.images) + turn)
