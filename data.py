@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 ANSWER_FORMAT = "<answer>\n\\boxed{your answer}\n</answer>\nQuestion: {query}"
 DIRECT_PROMPT = f"Answer the question below. Write\n{ANSWER_FORMAT}"
@@ -24,6 +24,7 @@ AGENT_PROMPT = (
     "shows text; plt.show() shows a figure, which becomes the next image_clue. To run code, write\n<code>\n```python\n"
     "your code\n```\n</code>\nand read what comes back. Look as often as you need. To answer, write\n" + ANSWER_FORMAT)
 SEGMENT = re.compile(rb"\x1a\x45\xdf\xa3.*?\x18\x53\x80\x67\x01(?!\xff{7})(.{7})", re.DOTALL)  # mkv, webm: its bytes
+ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height change places
 
 
 class DataError(ValueError):
@@ -44,18 +45,81 @@ class Sample:
     turns: list | None = None  # a demonstration: what the assistant says, turn by turn (SFT)
 
 
+@dataclass
+class Action:
+    """One turn as the policy sampled it. complete: it ended by itself and not at a limit."""
+    ids: list[int]
+    logprobs: list[float]  # of each id, at the temperature it was sampled with
+    complete: bool = False
+
+
 def _need(condition, why):
     if not condition:
         raise DataError(why)
 
 
-def open_image(image, read=lambda opened: opened.convert("RGB")):
-    """PIL image, path or function that opens one -> RGB PIL image with its pixels decoded. DataError: unreadable."""
+def rgb(image: Image.Image) -> Image.Image:
+    """A new RGB image of what people see in an image of any mode, without its `info`.
+
+    Values of more than 8 bits are scaled: 12 and 16 bits by their range, floats up to 1 by 255, anything larger by its
+    maximum. Transparent parts become white. The source of this function also runs inside the sandbox, so it uses no
+    name of this file but `Image`.
+    """
+    import numpy
+
+    if image.mode[0] in "IF":
+        values = numpy.asarray(image, float)
+        finite = values[numpy.isfinite(values)]
+        low = finite.min(initial=0.0)
+        high = finite.max(initial=0.0)
+        ranges = [255.0, 4095.0, 65535.0]  # 8, 12 and 16 bits
+        if image.mode == "F":
+            ranges = [high] if 1.0 < high < 1.5 else [1.0, 255.0]  # just above 1: a filter's overshoot
+        fitting = [full for full in ranges if high <= full]
+        high = fitting[0] if fitting else high
+        values = numpy.nan_to_num(values, nan=low, posinf=high, neginf=low)
+        scaled = (values - low) * (255.0 / (high - low))
+        image = Image.fromarray(scaled.round().astype("uint8"))
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    if image.mode == "LAB":
+        image = image.getchannel(0)
+    image = image.convert("RGB")
+    image.info = {}
+    return image
+
+
+def _opened(image):
+    """The PIL image of a path, a PIL image or a function that opens one; its pixels need not be decoded yet."""
+    if callable(image):
+        image = image()
+    return image if isinstance(image, Image.Image) else Image.open(image)
+
+
+@contextmanager
+def _image_errors(image):
     try:
-        image = image() if callable(image) else image
-        return read(image if isinstance(image, Image.Image) else Image.open(image))
+        yield
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"{getattr(image, 'filename', image)}: cannot be read as an image ({error})") from error
+
+
+def open_image(image) -> Image.Image:
+    """PIL image, path or function that opens one -> RGB image as people see it. DataError: unreadable."""
+    with _image_errors(image):
+        return rgb(ImageOps.exif_transpose(_opened(image)))
+
+
+def image_size(image) -> tuple[int, int]:
+    """(width, height) of what `open_image` gives, from the file's header alone. DataError: unreadable."""
+    with _image_errors(image):
+        opened = _opened(image)
+        turned = opened.format != "TIFF" and opened.getexif().get(ORIENTATION, 1) >= 5  # TIFF's size is turned already
+        return opened.size[::-1] if turned else opened.size
 
 
 def _cut_short(path):
@@ -72,7 +136,7 @@ def _cut_short(path):
 
 
 @contextmanager
-def _video(path):
+def open_video(path):
     import decord  # takes half a second to import, and only video needs it
     decord.logging.set_level(decord.logging.QUIET)
     try:
@@ -86,43 +150,10 @@ def _video(path):
 @functools.lru_cache(maxsize=4096)
 def video_info(path):
     """width and height in pixels as decoded, frames, average fps; read once per path. DataError: no whole video."""
-    with _video(path) as reader:
+    with open_video(path) as reader:
         height, width = reader[0].shape[:2]  # decodes one frame
         length = float(np.ptp(reader.get_frame_timestamp([0, len(reader) - 1])))  # a variable rate's header misleads
         return dict(width=width, height=height, frames=len(reader), fps=round(len(reader) / (length or 1), 3))
-
-
-@functools.lru_cache(maxsize=256)
-def frame_times(path):
-    """The seconds at which a video's frames are shown (frames,). Raises DataError."""
-    with _video(path) as reader:
-        return reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
-
-
-def middle_frames(path, count):
-    """Numbers of the frames in the middles of `count` equal parts of a video; none twice."""
-    times, length = frame_times(path), video_info(path)["frames"] / video_info(path)["fps"]  # in seconds
-    middles = times[0] + (np.arange(count) + 0.5) * length / count
-    return np.unique(np.searchsorted(times, middles, side="right") - 1).tolist()
-
-
-def show_frames(path, numbers):
-    """Frames of a video, by their numbers, as PIL images. Raises DataError."""
-    with _video(path) as reader:
-        return [Image.fromarray(reader[k].asnumpy()) for k in numbers]
-
-
-def uniform_frames(sample, frames):
-    """What a policy that does not choose sees of each video: `frames`=N in the middles of N equal parts, or "1fps".
-    Returns (seconds of the frames, context images: the sample's own, then the frames). Raises DataError."""
-    seconds, images, per_second = [], [open_image(image) for image in sample.images], str(frames).removesuffix("fps")
-    for path in sample.videos:
-        length = video_info(path)["frames"] / video_info(path)["fps"]  # in seconds
-        count = max(1, int(frames) if per_second == str(frames) else round(length * float(per_second)))
-        wanted = middle_frames(path, count)
-        seconds += frame_times(path)[wanted].tolist()
-        images += show_frames(path, wanted)
-    return seconds, images
 
 
 def _read(path, lines=False):
@@ -193,7 +224,7 @@ def load_templates(path):
 
 
 def _fields(sample):
-    sizes = [open_image(image, read=lambda opened: opened.size) for image in sample.images]  # reads the header only
+    sizes = [image_size(image) for image in sample.images]
     films = [tuple(video_info(video).values()) for video in sample.videos]
     images = [f"image_clue_{k} (PIL image, width {w}, height {h})" for k, (w, h) in enumerate(sizes)]
     videos = [f"video_clue_{k} (decord VideoReader, width {w}, height {h}, {frames} frames, {fps:.4g} fps; "

@@ -5,7 +5,7 @@
   - Whatever made the answers, the same code scores them; intervals resample whole questions, not their k samples.
   - What a policy writes is untrusted: in the report it is JSON, then text nodes, and no script but the page's runs.
 """
-import argparse, base64, hashlib, inspect, io, json, os, re, signal, sys
+import base64, hashlib, inspect, io, json, os, re, signal, sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data import (DataError, Sample, frame_times, load, load_templates, middle_frames, open_image, show_frames,
                   video_info)
+from engine.flags import parse_flags, stop
 from model import load_policy
 from reward import Judge, reward, score
 from rollout import EndReason, Trajectory, rollout
@@ -30,7 +31,7 @@ from tasks.puzzles import puzzles
 class EvalConfig:
     """Every setting of an evaluation; `settle` fills in what is none."""
     task: str = "image"                 # held-out puzzles: image, video or image,video
-    n: int = 200                        # puzzles
+    questions: int = 200                # held-out puzzles
     seed: int = 0                       # of puzzles and sampling
     model: str = ""                     # checkpoint folder or hub name; none: the newest checkpoint under runs/
     data: str = ""                      # data file, or the benchmark's folder; none: puzzles
@@ -56,22 +57,6 @@ class EvalConfig:
     judge_model: str = ""               # the judge's model name; paper: Qwen2.5-72B-Instruct
     judge_only: bool = False            # ask the judge for every answer: the paper's protocol
     judge_key_file: str = ""            # file with the judge's API key, or the variable that holds it
-
-
-def parse_flags(cls, argv=None):
-    """An instance of dataclass `cls` from the command line: one flag a field, the field's trailing comment its help.
-    A bool is a switch (`--flag`, or `--flag false`), a tuple takes values. Anything else: one line and exit code 2."""
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
-    about = dict(description=sys.modules[cls.__module__].__doc__.split("\n")[0], usage="%(prog)s [--flag value …]")
-    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists the flags)\n")
-    switch = dict(nargs="?", const=True, type=lambda text: bool(("false", "true").index(text)))
-    for name, hint in inspect.get_annotations(cls).items():
-        kind, default = getattr(hint, "__args__", [hint])[0], getattr(cls, name)       # int of `int | None`
-        words = f"{comments.get(name, '')} [{'none' if default in (None, '', ()) else default}]".replace("%", "%%")
-        takes = switch if kind is bool else dict(nargs="+") if kind is tuple else dict(type=kind)
-        parser.add_argument(f"--{name}", default=default, help=words, metavar=kind.__name__, **takes)
-    return cls(**vars(parser.parse_args(argv)))
 
 
 # ------------------------------------------------------------------------------------------------ rolling out
@@ -304,12 +289,12 @@ def settle(config):
     usual = dict(k=k, temperature=heat, top_k=top_k, max_new_tokens=10_240, difficulty="")
     as_trained = {name: training[name] for name in ("max_new_tokens", "difficulty") if name in training}
     vars(config).update(usual | as_trained | given | ({"k": 1} if config.predictions else {}))
-    for name, least in dict(n=1, k=1, batch_size=1, max_turns=1, max_new_tokens=1, temperature=0).items():
+    for name, least in dict(questions=1, k=1, batch_size=1, max_turns=1, max_new_tokens=1, temperature=0).items():
         if getattr(config, name) < least:
             raise DataError(f"--{name} must be at least {least}")
     try:
         hard = json.loads(config.difficulty or "{}")
-        samples = samples or puzzles(config.task, config.n, config.seed, "heldout", **hard)
+        samples = samples or puzzles(config.task, config.questions, config.seed, "heldout", **hard)
     except (ValueError, TypeError) as error:
         raise DataError(f"--difficulty {config.difficulty}: {error}") from error
     free = ("out", "batch_size", "judge", "judge_model", "judge_only", "judge_key_file")     # may change on resuming
@@ -363,7 +348,7 @@ def main(argv=None):
     try:
         run(parse_flags(EvalConfig, argv))
     except (DataError, SandboxError) as error:
-        sys.exit(print(f"evaluate.py: {error}", file=sys.stderr) or 2)
+        stop(error)
 
 
 if __name__ == "__main__":                              # Ctrl-C at once: a library could make of it a sample's error

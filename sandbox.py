@@ -72,11 +72,12 @@ class Sandbox(AbstractContextManager):
     Raises SandboxError where the kernel lacks Landlock or seccomp, unless `unsafe`, and OSError for a video that cannot
     be opened.
     """
-    def __init__(self, images=(), videos=(), timeout=30.0, *, unsafe=False, output_limit=10_000):
+    def __init__(self, images=(), videos=(), timeout=30.0, *, unsafe=False, output_limit=10_000, seed=None):
         self.videos, self.timeout, self.unsafe = list(videos), timeout, unsafe
         self._images = images if isinstance(images, Packed) else Packed(images)
         self._clue, self._limit, self._lock = self._images.count, output_limit, threading.RLock()
         self._start()
+        if seed is not None: self.run(f"__import__('random').seed({seed}); __import__('numpy').random.seed({seed})")
 
     def close(self, *_):
         """End the process and a call that runs; process and scratch directory are gone when this returns."""

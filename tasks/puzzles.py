@@ -55,12 +55,13 @@ A task is a function that returns a list of `data.Sample`; nothing needs to be r
 """
 
 import hashlib
+import json
 import os
 import re
 import tempfile
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ import numpy as np
 from numpy.random import default_rng
 from PIL import Image
 
-from data import Sample, messages
+from data import DataError, Sample, messages
 
 COLOURS = {
     "red": (225, 40, 40),
@@ -594,6 +595,19 @@ def _turns(scene, rng, d):
         turns.append(CODE.format(look.code))
         seen = look.value or seen
     return [*turns, ANSWER.format(seen)]
+
+
+def read_difficulty(text: str) -> dict:
+    """A JSON object of fields of Difficulty -> all of them, as arguments of `puzzles`.
+
+    Raises DataError.
+    """
+    try:
+        return asdict(Difficulty(**json.loads(text or "{}")))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"--difficulty: a JSON object of fields of Difficulty in tasks/puzzles.py ({error})"
+        ) from None
 
 
 def puzzles(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import (DataError, Sample, load, load_templates, messages, open_image, uniform_frames, video_info)
+from data import DataError, Sample, load, load_templates, messages, open_image, video_info
+from engine.video import uniform_frames
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason="the shared photographs and videos are not here")

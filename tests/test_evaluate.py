@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -94,43 +93,6 @@ def results(folder):
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-
-
-# ------------------------------------------------------------------------------------------------ flags
-@dataclass
-class Flags:
-    """Settings."""
-    steps: int = 3          # how many
-    rate: float | None = None     # in 100 % of cases
-    name: str = ""          # who
-    fast: bool = False      # in a hurry
-    files: tuple = ()       # two
-
-
-def test_flags_come_from_the_fields_of_a_dataclass():
-    assert parse_flags(Flags, []) == Flags()
-    given = parse_flags(Flags, "--steps 5 --rate 1e-3 --name x --fast --files a b".split())
-    assert given == Flags(5, 1e-3, "x", True, ["a", "b"])
-    assert parse_flags(Flags, ["--fast", "false"]).fast is False
-    assert parse_flags(train.Config, ["--group_size", "4"]).group_size == 4
-
-
-@pytest.mark.parametrize("flags", [["--step", "5"], ["--steps", "5.5"], ["--steps"], ["--fast", "maybe"], ["word"]])
-def test_a_wrong_flag_is_one_line_and_exit_code_2(capsys, flags):
-    with pytest.raises(SystemExit) as stopped:
-        parse_flags(Flags, flags)
-    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-@pytest.mark.parametrize("config", [Flags, EvalConfig, train.Config])
-def test_help_shows_every_flag_with_comment_and_default(capsys, config):
-    with pytest.raises(SystemExit) as stopped:
-        parse_flags(config, ["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert stopped.value.code == 0
-    for name in config.__annotations__:
-        assert re.search(rf"--{name} .*?\w.*?\[[^\]]+\]", shown), name
-    assert config is not Flags or "in 100 % of cases [none]" in shown and "how many [3]" in shown
 
 
 # ------------------------------------------------------------------------------------------------ intervals
@@ -259,7 +221,7 @@ def test_a_sample_that_fails_is_recorded_and_the_others_run(model):
 
 def test_the_newest_checkpoint_that_fits_is_found(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "train.py --task image`" in fails(capsys, "--n", 2)
+    assert "train.py --task image`" in fails(capsys, "--questions", 2)
     for age, (name, settings) in enumerate([
             ("image", {}), ("of_data", {"data": "rl.json"}), ("both", {"task": "image,video"}),
             ("frames", {"task": "video", "frames": "8"}), ("hard", {"task": "image", "difficulty": '{"hint": 0.5}'})]):
@@ -271,14 +233,14 @@ def test_the_newest_checkpoint_that_fits_is_found(model, tmp_path, monkeypatch, 
     (tmp_path / "runs" / "cold_start" / "config.json").write_text("half a fi")
 
     def chosen(*flags):
-        config = parse_flags(EvalConfig, [*flags, "--n", "1", "--out", str(tmp_path / "-".join(flags))])
+        config = parse_flags(EvalConfig, [*flags, "--questions", "1", "--out", str(tmp_path / "-".join(flags))])
         evaluate.settle(config)
         return Path(config.model).parent.name
     assert chosen() == "image" and chosen("--task", "video") == "both"
     assert chosen("--task", "video", "--frames", "8") == "frames"
     assert "train.py --task video --frames 9`" in fails(capsys, "--task", "video", "--frames", "9")
     os.utime(tmp_path / "runs" / "hard" / "step_1", (99, 99))
-    shown = run("--n", 2, capsys=capsys)
+    shown = run("--questions", 2, capsys=capsys)
     folder = tmp_path / re.search(r"(\S+)/rollouts.html", shown)[1]
     assert results(folder)["settings"]["model"] == "runs/hard/step_1" and len(lines(folder)) == 2
     assert results(folder)["settings"]["difficulty"] == '{"hint": 0.5}'              # as that run was trained
@@ -297,7 +259,7 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, c
     (tmp_path / "empty").mkdir()
     if "--model" not in flags:                                  # an existing folder that is never looked into
         flags = flags + ["--model", "empty"]
-    assert words in fails(capsys, "--n", "1", *flags)
+    assert words in fails(capsys, "--questions", "1", *flags)
 
 
 # ------------------------------------------------------------------------------------------------ answers alone

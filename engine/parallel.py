@@ -1,0 +1,144 @@
+"""Several processes as one: join them, share lists, shard the model with FSDP2, gather it again.
+
+What a reader may rely on: with one process on a CPU every function here does nothing, or the
+obvious. With several, `gather` returns the same list on every process. A sharded model holds 1 / W
+of the fp32 weights on each of W processes, computes in bf16 on a GPU, and sums gradients in fp32.
+All processes must call `shard`, `whole`, `gather` and `full_weights` together.
+"""
+
+import functools
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+# FSDP2 is imported where it is used: it takes most of a second, and a laptop does without.
+
+
+def prepare() -> None:
+    """Choose this process's device, and how many threads compute."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Threads that wait spin, and the sandboxes need cores.
+        torch.set_num_threads(max(1, os.cpu_count() // 2))
+
+
+def join() -> None:
+    """Join torchrun's processes. On a GPU one process alone is a group too: it computes in bf16."""
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    launched = "WORLD_SIZE" in os.environ
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several or (cuda and launched):
+        dist.init_process_group(backend)
+    elif cuda:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def leave() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(items: list) -> list:
+    """The lists of all processes, joined in the order of their ranks, on every process."""
+    if world() == 1:
+        return items
+    parts = [None] * world()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def shard(policy, offload: bool = False, checkpoint_activations: bool = False) -> None:
+    """Shard a policy's model with FSDP2. A unit is a decoder layer, a vision block, or the rest.
+
+    The weights and buffers are those of process 0. offload: parameters and optimizer live in main
+    memory. checkpoint_activations: a layer runs again in backward instead of keeping what it made.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.utils.checkpoint import checkpoint
+
+    model = policy.model
+    cuda = policy.device.type == "cuda"
+    layers = [*model.model.language_model.layers, *model.model.visual.blocks]
+    if checkpoint_activations:
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    compute = torch.bfloat16 if cuda else None
+    settings = dict(mp_policy=MixedPrecisionPolicy(compute, torch.float32))
+    if offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=cuda)
+    weights = model.state_dict() if rank() == 0 else {}
+    buffers = dict(model.named_buffers())
+    model.to("meta")
+    for unit in [*layers, model]:
+        fully_shard(unit, **settings)
+    model.to_empty(device="cpu" if offload else policy.device)
+    model.tie_weights()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
+    set_model_state_dict(model, weights, options=options)
+    for name, buffer in model.named_buffers():  # such as rotary frequencies
+        buffer.data = buffer.data.to(policy.device)
+        if rank() == 0:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, 0)
+
+
+def clip_gradients(model, most: float) -> float:
+    """Scale the gradients down to a norm of at most `most` -> the norm before."""
+    weights = list(model.parameters())
+    for weight in weights:
+        if weight.grad is None:  # no image in the batch: that is no matter to the optimizer
+            weight.grad = torch.zeros_like(weight)
+    norm = torch.nn.utils.clip_grad_norm_(weights, most)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def sharded(model) -> bool:
+    """Is the model sharded with FSDP2?"""
+    return hasattr(model, "unshard")
+
+
+def full_weights(model) -> dict:
+    """The whole state dict of a model; where it is sharded, on process 0 alone."""
+    if not sharded(model):
+        return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
+@contextmanager
+def whole(model):
+    """Every process holds all parameters, so that each may generate at its own pace."""
+    units = [module for module in model.modules() if sharded(module)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            unit.reshard()
