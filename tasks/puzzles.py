@@ -61,7 +61,7 @@ import re
 import tempfile
 import zlib
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -288,42 +288,30 @@ def _paint_plate(rng, d, kind, value, side):
 
 
 # The image puzzle --------------------------------------------------------------------------------
-@dataclass
 class Picture:
     """What there is to know about a picture, as plain values: it can be painted again.
 
-    Names, values and order of the fields decide the checksum, and so the split.
+    Names, values and order of the attributes decide the checksum, and so the split.
     """
 
-    kind: str  # colour or stripes
-    asked: int  # the plate that is asked about, from 1
-    answer: str
-    plates: list  # what each of the nine shows
-    hint: str  # the answer that the picture as a whole suggests
-    light: str  # its colour
-    wording: int  # which of the questions in ASK
-    side: int  # of a plate
-    shift: list  # (x, y) by which each plate is off its place in the grid
-    texture: int  # seed of all that is random in the pixels
-    split: str = field(init=False)  # `scenes` sets it, by a checksum of all of the above
     source = "puzzle_image"
 
-    @classmethod
-    def draw(cls, rng, d) -> "Picture":
-        """A random picture."""
-        kind = _pick(rng, d.kinds)
-        asked = 1 + _below(rng, 9)
-        answer = _pick(rng, VALUES[kind])
-        wrong = _others(VALUES[kind], answer)
-        plates = [answer if plate == asked else _pick(rng, wrong) for plate in range(1, 10)]
-        hint = answer if rng.random() < d.hint else _pick(rng, wrong)
-        light = hint if kind == "colour" else _pick(rng, NAMES)
-        wording = _below(rng, len(ASK[kind]))
+    def __init__(self, rng, d):
+        """A random picture; `scenes` adds `split`."""
+        self.kind = _pick(rng, d.kinds)  # colour or stripes
+        self.asked = 1 + _below(rng, 9)  # the plate that is asked about
+        self.answer = _pick(rng, VALUES[self.kind])
+        wrong = _others(VALUES[self.kind], self.answer)
+        # What each plate shows, what the picture as a whole suggests, and its colour.
+        self.plates = [self.answer if k == self.asked else _pick(rng, wrong) for k in range(1, 10)]
+        self.hint = self.answer if rng.random() < d.hint else _pick(rng, wrong)
+        self.light = self.hint if self.kind == "colour" else _pick(rng, NAMES)
+        self.wording = _below(rng, len(ASK[self.kind]))  # which of the questions
         smallest, largest = d.plates
-        side = int(rng.integers(smallest, largest + 1))
-        shift = rng.integers(-d.jitter, d.jitter + 1, (9, 2)).tolist()
-        texture = _below(rng, 2**32)
-        return cls(kind, asked, answer, plates, hint, light, wording, side, shift, texture)
+        self.side = int(rng.integers(smallest, largest + 1))  # of a plate
+        # (x, y) by which each plate is off its place in the grid
+        self.shift = rng.integers(-d.jitter, d.jitter + 1, (9, 2)).tolist()
+        self.texture = _below(rng, 2**32)  # seed of all that is random in the pixels
 
     def paint(self, d) -> Image.Image:
         """The pixels: noise in one light (the hint of colours), bands (of stripes), nine plates."""
@@ -383,38 +371,56 @@ class Picture:
 
 
 # The video puzzle --------------------------------------------------------------------------------
-@dataclass
 class Clip:
-    """What there is to know about a clip. As with Picture, the fields decide the checksum."""
+    """What there is to know about a clip. As with Picture, the attributes decide the checksum."""
 
-    kind: str  # second, flash, order or count
-    seconds: int  # its length
-    fps: int
-    answer: str
-    asked: int | str  # a second, or "first" or "last", or ""
-    lights: list  # (begin, end, colour) in seconds; at other times the lamp is dark
-    hint: str  # a guess, for demonstrations that never look
-    wording: int  # which of the questions in ASK
-    texture: int  # seed of all that is random in the pixels
-    split: str = field(init=False)  # `scenes` sets it, by a checksum of all of the above
     source = "puzzle_video"
 
-    @classmethod
-    def draw(cls, rng, d) -> "Clip":
-        """A random clip; its file comes later."""
-        kind = _pick(rng, d.clips)
+    def __init__(self, rng, d):
+        """A random clip; `scenes` adds `split`. The file comes later."""
+        self.kind = _pick(rng, d.clips)  # second, flash, order or count
         # Short clips come more often than long ones: they are cheap.
-        seconds = int(np.exp(rng.uniform(*np.log(d.seconds))))
-        answer = _pick(rng, VALUES[kind])
-        if kind == "second":
-            asked, lights = _changes(rng, d, seconds, answer)
-        else:
-            asked, lights = _flashes(rng, d, seconds, answer, kind)
-        fps = _pick(rng, d.fps)
-        hint = _pick(rng, VALUES[kind])
-        wording = _below(rng, len(ASK[kind]))
-        texture = _below(rng, 2**32)
-        return cls(kind, seconds, fps, answer, asked, lights, hint, wording, texture)
+        self.seconds = int(np.exp(rng.uniform(*np.log(d.seconds))))
+        answer = _pick(rng, VALUES[self.kind])
+        draw = self._changes if self.kind == "second" else self._flashes
+        asked, lights = draw(rng, d, answer)
+        self.fps = _pick(rng, d.fps)
+        self.answer = answer
+        self.asked = asked  # a second, or "first" or "last", or ""
+        self.lights = lights  # (begin, end, colour) in seconds; at other times the lamp is dark
+        self.hint = _pick(rng, VALUES[self.kind])  # a guess, for those who never look
+        self.wording = _below(rng, len(ASK[self.kind]))  # which of the questions
+        self.texture = _below(rng, 2**32)  # seed of all that is random in the pixels
+
+    def _changes(self, rng, d, answer):
+        """(the second that is asked about, the lights) of a lamp that changes every second."""
+        asked = d.every * (1 + _below(rng, (self.seconds - 1) // d.every))
+        lights = []
+        for second in range(self.seconds):
+            colour = answer if second == asked else _pick(rng, NAMES)
+            lights.append((second, second + 1, colour))
+        return asked, lights
+
+    def _flashes(self, rng, d, answer):
+        """("first", "last" or "", the lights) of a lamp that is dark most of the time."""
+        numbers = {"flash": 1, "order": 2, "count": answer}
+        # In every other second one flash may begin, so that two never run together.
+        slots = np.arange(1, self.seconds - 1, 2)
+        slots = np.sort(rng.choice(slots, int(numbers[self.kind]), replace=False))
+        shown = [_pick(rng, NAMES) for _ in slots]
+        asked = ""
+        if self.kind == "flash":
+            shown = [answer]
+        elif self.kind == "order":
+            asked = _pick(rng, ("first", "last"))
+            shown = [answer, _pick(rng, _others(NAMES, answer))]
+            if asked == "last":
+                shown.reverse()
+        lights = []
+        for slot, colour in zip(slots, shown, strict=True):
+            begin = round(float(slot + rng.random()), 2)
+            lights.append((begin, begin + d.flash, colour))
+        return asked, lights
 
     def lit(self, second) -> str | None:
         """The lamp's colour at a time in seconds, or None while it is dark."""
@@ -513,36 +519,6 @@ class Clip:
         return Sample(name, question, value, (frame,), (), self.source, "crop")
 
 
-def _changes(rng, d, seconds, answer):
-    """(the second that is asked about, the lights) of a lamp that changes every second."""
-    asked = d.every * (1 + _below(rng, (seconds - 1) // d.every))
-    lights = []
-    for second in range(seconds):
-        colour = answer if second == asked else _pick(rng, NAMES)
-        lights.append((second, second + 1, colour))
-    return asked, lights
-
-
-def _flashes(rng, d, seconds, answer, kind):
-    """("first", "last" or "", the lights) of a lamp that is dark most of the time."""
-    numbers = {"flash": 1, "order": 2, "count": answer}
-    # In every other second one flash may begin, so that two never run together.
-    slots = np.arange(1, seconds - 1, 2)
-    slots = np.sort(rng.choice(slots, int(numbers[kind]), replace=False))
-    shown = [_pick(rng, NAMES) for _ in slots]
-    asked = ""
-    if kind == "flash":
-        shown = [answer]
-    elif kind == "order":
-        asked = _pick(rng, ("first", "last"))
-        shown = [answer, _pick(rng, _others(NAMES, answer))]
-        if asked == "last":
-            shown.reverse()
-    begins = [round(float(slot + rng.random()), 2) for slot in slots]
-    lights = [(begin, begin + d.flash, colour) for begin, colour in zip(begins, shown, strict=True)]
-    return asked, lights
-
-
 def _make_room(newest):
     """Delete the oldest clips beside `newest` beyond KEPT, unless a run may still need them."""
     with suppress(FileNotFoundError):  # another process may make room at the same time
@@ -577,9 +553,9 @@ def scenes(task: str, n: int, seed: int, split: str, use: str, **difficulty):
     for index in range(n):
         name = names[(seed + index) % len(names)]
         rng = default_rng((seed % 2**63, index, zlib.crc32(f"{name} {split} {use}".encode())))
-        scene = TASKS[name].draw(rng, d)
+        scene = TASKS[name](rng, d)
         while _held_out(scene) != (split == "heldout"):
-            scene = TASKS[name].draw(rng, d)
+            scene = TASKS[name](rng, d)
         scene.split = split
         yield f"{name}-{use}-{split}-{seed}-{index}", scene, rng, d
 
