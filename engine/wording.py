@@ -43,7 +43,7 @@ WORDS = {  # of what is said in words, what is not said
     r"(?:answer|option|choice)(?: is|:) *": "",
     "^(?:答案|选项|选择|应选|故选|选|是|为|:| )+": "",
     r"(?i)^(?:it is|it's) ": "",
-    r"(?i)(?<!§)\b(?:the|an?) (?=[a-z]{2})": "",
+    r"(?i)(?<!§)\b(?:the|an?) (?=(?!sin|cos|tan|log|ln|exp)[a-z]{2})": "",
     r"(?<=[a-z]{3})[-_](?=[a-z]{3})": " ",
     r"(?<=\d) (?=[^\W\d])": "",
     r" ?([/=+*^<>]) ?": r"\1",
@@ -61,11 +61,10 @@ NO_OPTION = re.compile(  # "panels (a) and (b)", "Is (a) larger than (b)?", "(a)
     r"^(?:$|[.,;:?!]|and\b|or\b)|\b(?:and|or|with|to|from|than|vs|of|in|is)$|[.!?] .*\?$"
 )
 LETTER = re.compile(  # a capital by itself, but not the article in "A dog", the pronoun in "I see"
-    r"(?<![\w'*^+=<-])[(\[]?(?:([B-HJ-Z])|([AI])(?! (?!or\b|and\b|is\b|to\b)[a-z]))"
-    r"[)\].:、]*(?![\w'*^+=-])"
-    r"|[(\[]([a-z])[)\]]"
+    r"(?<![a-zA-Z0-9_'*^+=<-])[(\[]?([B-HJ-Z]|[AI](?! (?!or\b|and\b|is\b|to\b)[a-z]))"
+    r"[)\].:、]*(?![a-zA-Z0-9_'*^+=-])"
+    r"|(?:[(\[]|(?i:option|answer|choice) |^)([a-z])(?:[)\].:、]+|$)"
 )
-ONE_LETTER = re.compile(r"[\s(\[]*([A-Za-z])[\s)\].:、]*")
 FILLER = re.compile(
     r"(?i:\b(?:so|thus|hence|therefore|i|think|believe|choose|pick|select|would|should|must|be|say|go|"
     r"with|it|is|it's|are|the|an|my|final|correct|best|right|answers?|options?|choices?|letters?|"
@@ -73,11 +72,10 @@ FILLER = re.compile(
 )
 AGAINST = re.compile(
     r"(?i)\b(?:not|no|nor|neither|never|none|without|except|but|cannot|rather|instead|than|unlike|"
-    r"if|unless|whether|wrong|incorrect|false|or|other|different|opposite|un(?:sure|likely))\b|n't|\?"
+    r"if|unless|whether|wait|actually|sorry|changed?|mistake|wrong|incorrect|false|or|other|different|opposite|un(?:sure|likely))\b|n't|\?"
 )
-CLAIM = re.compile(r"(?i)(final |最终)?(?:\b(?:answer|choice|option)(?: is|:)|答案[是为:])\s*")
+CLAIM = re.compile(r"(?i)(?:\b(?:answer|choice|option)(?: is|:)|答案[是为:])\s*")
 HEAD = re.compile(r"(?<=[.!;。])\s+|,? (?:because|since|as) |\n")
-DISMISSED = re.compile(r"(?i)\b(?:distract|wrong|incorrect|eliminat|ruled out|false)")
 
 
 def rewrite(text: str, rules: dict) -> str:
@@ -134,63 +132,46 @@ def named(text: str, options: dict[str, str], same) -> set | None:
     is called the answer, or else the beginning; what follows it may only give reasons.
     """
     text = tidy(text)
-    claims = list(CLAIM.finditer(text))
-    if not claims:
-        return _stated(text, options, same)
-    ends = [claim.start() for claim in claims[1:]] + [len(text)]
-    statements = [text[claim.end() : end] for claim, end in zip(claims, ends, strict=True)]
-    found = [_stated(statement, options, same) for statement in statements]
-    before = HEAD.split(text[: claims[-1].start()])[-1]
-    agreed = all(letters == found[-1] for letters in found)
-    if AGAINST.search(before) or not (agreed or claims[-1][1]):
+    start = max((claim.end() for claim in CLAIM.finditer(text)), default=0)
+    before = HEAD.split(text[:start])[-1]
+    if AGAINST.search(before) or LETTER.search(before):
         return None
-    return found[-1]
-
-
-def _stated(text, options, same):
-    """The letters of a statement with the reasons behind it, as `named`."""
-    letters = _plainly(text, options, same)
-    head, *reasons = HEAD.split(text, maxsplit=1)
+    letters = _plainly(text[start:], options, same)
+    head, *reasons = HEAD.split(text[start:], maxsplit=1)
     if letters is not None or not reasons:
         return letters
     letters = _plainly(head, options, same)
     others = _plainly(reasons[0], options, same)
-    dismissed = DISMISSED.search(reasons[0]) and not re.search(r"\bnot\b|n't", reasons[0])
-    return letters if others in (set(), letters) or dismissed else None
+    if others is None and not AGAINST.search(reasons[0]):
+        return letters
+    return letters if others in (set(), letters) else None
 
 
 def _plainly(text, options, same):
     """The letters of a phrase that says nothing else, as `named`."""
-    for phrase in (text, FILLER.sub("", text)):
-        letter = ONE_LETTER.fullmatch(phrase)
-        if letter and letter[1].upper() in options:
-            return {letter[1].upper()}
-    equal = {letter for letter, option in options.items() if option and same(text, option)}
-    if equal:
-        return equal
 
     def mark(match):
-        letter = (match[1] or match[2] or match[3]).upper()
+        letter = (match[1] or match[2]).upper()
         return f" §{letter} " if letter in options else match[0]
 
-    phrase = words(LETTER.sub(mark, text))
+    marked = LETTER.sub(mark, text)
+    equal = {letter for letter, option in options.items() if option and same(text, option)}
+    if equal and not re.fullmatch(r"\W*§.\W*", marked):
+        return equal
+    phrase = words(marked)
     certain = re.match(r"[(\[]?[A-Z][)\].:、]", text) is not None
     for letter, option in sorted(options.items(), key=lambda item: -len(item[1])):
-        pattern = rf"(?<![\w.+/^*=§-]){re.escape(words(option))}(?![\w+/^*=-]|[.,]\d)"
-        if option and re.search(pattern, phrase):
-            phrase = re.sub(pattern, f" §{letter} ", phrase)
+        said = rf"(?<![\w.+/^*=§-]){re.escape(words(option))}(?![\w+/^*=-]|[.,]\d)"
+        if option and re.search(said, phrase):
+            phrase = re.sub(said, f" §{letter} ", phrase)
             certain = True
     found = set(re.findall("§(.)", phrase))
-    rest = re.sub("§.", " ", phrase)
-    if found and not FILLER.sub("", rest):
+    rest = FILLER.sub("", re.sub("§.", " ", phrase))
+    if found and (not rest or len(found) == 1 and certain and not AGAINST.search(phrase)):
         return found
-    if len(found) == 1 and certain and not AGAINST.search(rest):
-        return found
-    inside = {letter for letter, option in options.items() if _inside(phrase, words(option))}
-    return None if found else inside if len(inside) == 1 else set()
-
-
-def _inside(phrase, option):
-    """Is this a part of an option, such as "left" of "The dog is on the left side"?"""
-    part = re.search(rf"\b{re.escape(phrase)}\b", option)
-    return part and re.fullmatch(r"[a-z ]{3,}", phrase) and not AGAINST.search(option)
+    if found or not re.fullmatch(r"[a-z ]{3,}", phrase):
+        return None if found else set()
+    part = re.compile(rf"\b{phrase}\b")  # such as "left" of "The dog is on the left side"
+    holding = [letter for letter, option in options.items() if part.search(words(option))]
+    alone = len(holding) == 1 and not AGAINST.search(options[holding[0]])
+    return set(holding) if alone else set()
