@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import DataError, Sample, load, load_templates, messages, open_image, video_info
+from data import DataError, Sample, load, open_image, video_info
+from engine.prompt import load_templates, messages
 from engine.video import uniform_frames
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
