@@ -15,7 +15,7 @@ import json
 import os
 import re
 import struct
-import warnings
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,6 @@ ANSWERS = [
 ]
 ROLES = {
     "human": "user",
-    "observation": "user",
-    "tool": "user",
     "gpt": "assistant",
     "function_call": "assistant",
 }
@@ -110,7 +108,7 @@ def rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(scaled.round().astype("uint8"))
     if image.mode == "La":
         image = image.convert("LA")
-    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
@@ -119,6 +117,11 @@ def rgb(image: Image.Image) -> Image.Image:
     image = image.convert("RGB")
     image.info = {}
     return image
+
+
+@functools.cache  # so that it comes once
+def _notice(text):
+    print(text, file=sys.stderr)
 
 
 @contextmanager
@@ -136,7 +139,7 @@ def _opened(image):
         aspect = max(image.size) / min(image.size)
         _need(aspect < MAX_ASPECT, f"its aspect is {aspect:.0f}, it must be below {MAX_ASPECT}")
         if getattr(image, "is_animated", False) and image.format != "MPO":
-            warnings.warn(f"{name!s:.199}: only the first of its frames is used", stacklevel=1)
+            _notice(f"{name!s:.199}: has several frames; the first one is used")
         exif = Image.Image.getexif(image)  # the method of PNG would decode all of it
         yield image, image.format != "TIFF" and exif.get(0x0112)  # Pillow itself turns TIFF
     except Exception as error:
@@ -206,7 +209,7 @@ def open_video(path: str):
         raise DataError(f"{path}: {why}") from error
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def video_info(path: str) -> dict:
     """width and height in pixels as decoded, frames, and the average fps. DataError: unreadable."""
     with open_video(path) as reader:
@@ -235,12 +238,10 @@ def _json_rows(path):
             if line.strip():
                 rows.append((number, json.loads(line)))
         return rows
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         line = number + getattr(error, "lineno", 1) - 1
-        why = f"line {line} is not JSON ({error})"
-        if path.suffix not in (".json", ".jsonl"):
+        why = getattr(error, "strerror", None) or f"line {line} is not JSON ({error})"
+        if path.exists() and path.suffix not in (".json", ".jsonl"):
             why = "this is none of .json, .jsonl, .parquet, and a folder of Parquet or of datasets"
         raise DataError(f"{path}: {why}") from error
 
@@ -284,7 +285,7 @@ def _embedded(table, group, row, name, place):
     """A picture inside a table: number `place` in a field of a row of a group."""
     for batch in _groups(table)[group]():
         if row < len(batch):
-            return _medium(_listed(batch[name][row].as_py())[place], table.parent)()
+            return _medium(_listed(batch[name][row].as_py())[place], None)()
         row -= len(batch)
 
 
@@ -317,7 +318,9 @@ def _medium(value, folder):
     if encoded:
         value = base64.b64decode(encoded[1])
     if isinstance(value, bytes):
-        return functools.partial(io.BytesIO, value)
+        opener = functools.partial(io.BytesIO, value)
+        opener.filename = "a picture in the row"
+        return opener
     _need(isinstance(value, str) and value, f"{value!r} is neither a path nor a picture")
     return str(folder / value.removeprefix("file://"))
 
