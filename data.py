@@ -132,7 +132,7 @@ def _opened(image):
     """
     name = getattr(image, "filename", image)
     try:
-        if callable(image):
+        while callable(image):
             image = image()
         if not isinstance(image, Image.Image):
             image = Image.open(image)
@@ -281,11 +281,12 @@ def _table_rows(tables):
             raise DataError(f"{table}: cannot be read as a table ({error})") from error
 
 
+@functools.lru_cache  # the last 128: the prompt asks for the size before the pixels are needed
 def _embedded(table, group, row, name, place):
-    """A picture inside a table: number `place` in a field of a row of a group."""
+    """A function that opens a picture inside a table: number `place` in a field of a row."""
     for batch in _groups(table)[group]():
         if row < len(batch):
-            return _medium(_listed(batch[name][row].as_py())[place], None)()
+            return _medium(_listed(batch[name][row].as_py())[place], None)
         row -= len(batch)
 
 

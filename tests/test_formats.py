@@ -582,7 +582,7 @@ def test_pictures_in_a_table_are_read_when_they_are_asked_for(folder, group):
         assert (np.asarray(open_image(samples[number].images[0])) == noise[number]).all()
     path.unlink()
     with pytest.raises(DataError, match="train.parquet"):
-        open_image(samples[0].images[0])
+        open_image(samples[20].images[0])
 
 
 BIG = """
