@@ -45,6 +45,7 @@ from engine.pool import pool as _pool
 from engine.session import HEADER, MAX_FRAMES
 from engine.session import SIZE as JSON_SIZE
 
+KEYS = {"text", "error", "frames", "sizes"}  # of a reply
 GRACE = 0.25  # seconds from the timeout, which the child ends by itself, to the kill
 MARK = 99  # characters of text that a reply may have above its limit: the note of what was cut
 SHOWN_PIXELS = 32_000_000  # of figures that are bound again after a restart, the last ones
@@ -152,28 +153,27 @@ class Sandbox(AbstractContextManager):
         """One call and its result; a process that did not answer in time and as agreed is ended."""
         start = time.monotonic()
         alive = False
-        printed = []  # what arrived before the reply
         try:
             self._child.signal(signal.SIGCONT)
-            reply = self._exchange((code, self._clue, self.timeout), self.timeout, printed)
+            reply = self._exchange((code, self._clue, self.timeout), self.timeout)
             result = check_reply(reply, self._limit, self._count_frames)
             self._child.signal(signal.SIGSTOP)  # threads that outlive a call wait for the next
             alive = time.monotonic() - start < self.timeout
             return result
         except (OSError, EOFError, ValueError, RecursionError) as problem:
             late = time.monotonic() - start >= self.timeout
-            return self._broken(problem, late, b"".join(printed))
+            return self._broken(problem, late)
         finally:
             if not alive:  # also when interrupted: a late reply must meet nobody
                 self._end()
 
-    def _broken(self, problem, late, printed):
+    def _broken(self, problem, late):
         """The Result of a call that has no reply: what was printed before, and what went wrong."""
         error = f"{type(problem).__name__}: {problem}\n"
         if late and not self.closed:
             limit = f"the limit of {self.timeout:g} s"
             error = f"TimeoutError: the code ran for more than {limit} and was ended\n"
-        text = clean(printed.decode("utf-8", "replace"))[: self._limit]
+        text = clean(self._child.printed(self._printed_at)[: self._limit])
         if text and not text.endswith("\n"):
             text += "\n"
         return Result(text + error, [], error, [])
@@ -201,6 +201,7 @@ class Sandbox(AbstractContextManager):
         for _ in range(WAITING + 3):  # children that waited may have died
             try:
                 self._child = _pool.take(bool(videos))
+                self._received = bytearray()  # and not yet looked at
                 self._end = weakref.finalize(self, self._child.end)
                 self._end.atexit = False  # at exit the forking process ends what is left
                 return self._bind(videos)
@@ -218,14 +219,15 @@ class Sandbox(AbstractContextManager):
                 descriptors = [file.fileno() for file in videos]
                 socket.send_fds(self._child.channel, [b"v" * len(videos)], descriptors)
             inputs = self._images.bytes + pickle.dumps(self._last_shown())
-            missing = json.loads(self._exchange((self._limit, self._seed), START, [], inputs))
+            answer = json.loads(self._exchange((self._limit, self._seed), START, inputs))
         except BaseException:
             self._end()
             raise
-        if isinstance(missing, str):  # it failed, and says why
+        if isinstance(answer, str):  # it failed, and says why
             self._end()
-            raise OSError(missing)
-        return [clean(str(layer)) for layer in missing]
+            raise OSError(answer)
+        missing, self._printed_at = answer
+        return missing
 
     def _last_shown(self):
         """The figures to bind again: the last ones, within a bound."""
@@ -248,30 +250,29 @@ class Sandbox(AbstractContextManager):
                     self._frame_counts[video] = data.video_info(str(self.videos[video]))["frames"]
         return self._frame_counts[video]
 
-    def _exchange(self, request, seconds, printed, inputs=b""):
-        """Send a request; the bytes of its reply. Text that comes earlier is added to `printed`."""
+    def _exchange(self, request, seconds, inputs=b""):
+        """Send a request; the bytes of its reply."""
         call = os.urandom(16)
         deadline = time.monotonic() + seconds + GRACE
-        received = bytearray()
-        self._child.channel.settimeout(seconds)
-        with suppress(BrokenPipeError, ConnectionResetError):  # what it said before is still there
-            self._child.channel.sendall(pickle.dumps((call, *request)))
+        channel = self._child.channel
+        channel.settimeout(seconds)
+        try:
+            channel.sendall(pickle.dumps((call, *request)))
             if inputs:
-                self._child.channel.sendall(inputs)
+                channel.sendall(inputs)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # what it said before is still there
+        header = self._receive(HEADER.size, deadline)
+        sender, size = HEADER.unpack(header)
+        failed = inputs and sender == bytes(16)  # it did not get as far as the request
         largest = MAX_CALL_PIXELS * 3 + 24 * self._limit + 2**18
-        while True:
-            sender, complete, size = HEADER.unpack(self._receive(HEADER.size, received, deadline))
-            failed = inputs and sender == bytes(16)  # it did not get as far as the request
-            if size > largest or not (sender == call or failed):
-                raise ValueError("its process sent a malformed reply")
-            body = self._receive(size, received, deadline)
-            if complete:
-                return body
-            if sum(map(len, printed)) < 4 * self._limit:
-                printed.append(body)
+        if size > largest or not (sender == call or failed):
+            raise ValueError("its process sent a malformed reply")
+        return self._receive(size, deadline)
 
-    def _receive(self, size, received, deadline):
+    def _receive(self, size, deadline):
         """Exactly `size` bytes before the deadline, however they dribble in."""
+        received = self._received
         while len(received) < size:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -281,7 +282,7 @@ class Sandbox(AbstractContextManager):
             if not part:
                 raise EOFError("its process died")
             received += part
-        taken = bytes(memoryview(received)[:size])
+        taken = bytes(received[:size])
         del received[:size]
         return taken
 
@@ -305,36 +306,23 @@ def check_reply(reply: bytes, output_limit: int, count_frames) -> Result:
     if len(reply) < JSON_SIZE.size:
         raise ValueError("its process sent a malformed reply")
     (size,) = JSON_SIZE.unpack_from(reply)
-    pixels_start = JSON_SIZE.size + size
-    values = json.loads(reply[JSON_SIZE.size : pixels_start].decode("utf-8"))
-    if type(values) is not dict or sorted(values) != ["error", "frames", "sizes", "text"]:
+    start = JSON_SIZE.size + size
+    values = json.loads(reply[JSON_SIZE.size : start].decode("utf-8"))
+    if type(values) is not dict or values.keys() != KEYS:
         raise ValueError("its process sent a malformed reply")
     text = values["text"]
     error = values["error"]
-    if type(text) is not str or type(error) not in (str, type(None)):
+    if type(text) is not str or not (error is None or type(error) is str):
         raise ValueError("its process sent malformed text")
+    text = clean(text[: output_limit + MARK])
     if error is not None:
         error = clean(error[: output_limit + MARK])
         if not error:
             raise ValueError("its process sent a malformed error")
-    frames = [
-        (video, frame)
-        for video, frame in _pairs(values["frames"], MAX_FRAMES)
-        if 0 <= frame < count_frames(video)
-    ]
-    images = []
+    frames = _pairs(values["frames"], MAX_FRAMES)
+    frames = [pair for pair in frames if 0 <= pair[1] < count_frames(pair[0])]
     sizes = _pairs(values["sizes"], MAX_FIGURES)
-    if not all(map(_is_size, sizes)):
-        raise ValueError("its process sent malformed figures")
-    pixels = sum(width * height for width, height in sizes)
-    if pixels > MAX_CALL_PIXELS or len(reply) != pixels_start + 3 * pixels:
-        raise ValueError("its process sent malformed figures")
-    start = pixels_start
-    for width, height in sizes:
-        end = start + 3 * width * height
-        images.append(Image.frombytes("RGB", (width, height), reply[start:end]))
-        start = end
-    return Result(clean(text[: output_limit + MARK]), images, error, frames)
+    return Result(text, _figures(reply, start, sizes), error, frames)
 
 
 def _pairs(values, most):
@@ -345,6 +333,23 @@ def _pairs(values, most):
         if type(pair) is not list or [type(number) for number in pair] != [int, int]:
             raise ValueError("its process sent a malformed reply")
     return [tuple(pair) for pair in values]
+
+
+def _figures(reply, start, sizes):
+    """The figures whose pixels begin at `start` and fill the rest of the reply."""
+    pixels = 0
+    for size in sizes:
+        if not _is_size(size):
+            raise ValueError("its process sent malformed figures")
+        pixels += size[0] * size[1]
+    if pixels > MAX_CALL_PIXELS or len(reply) != start + 3 * pixels:
+        raise ValueError("its process sent malformed figures")
+    images = []
+    for width, height in sizes:
+        end = start + 3 * width * height
+        images.append(Image.frombytes("RGB", (width, height), reply[start:end]))
+        start = end
+    return images
 
 
 def _is_size(size):

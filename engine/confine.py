@@ -606,7 +606,7 @@ def _child(channel, room, with_videos):
         with suppress(BaseException):
             reason = json.dumps(f"{type(error).__name__}: {error}").encode()
             session = session or Session(3)
-            session.send(reason, complete=True)
+            session.send(reason)
     finally:
         os._exit(1)
 

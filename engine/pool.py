@@ -19,6 +19,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import data
 from engine import confine, figures, session
+from engine.session import PRINTED_BYTES
 
 START = 120  # seconds until a child is there
 WAITING = 4  # children that wait for inputs, at least
@@ -98,6 +100,21 @@ class Child:
             os.kill(self.process, number)
         else:
             _pidfd_signal(self.process, number)
+
+    def printed(self, address: int) -> str:
+        """Text at a place in its memory, as Console in engine/session.py keeps it there.
+
+        Read while no code of ours runs in it. Empty where the system does not let us.
+        """
+        try:
+            with open(f"/proc/self/fdinfo/{self.process}") as info:
+                number = re.search(r"^Pid:\s*(\d+)$", info.read(), re.MULTILINE)[1]
+            with open(f"/proc/{number}/mem", "rb", buffering=0) as memory:
+                text = os.pread(memory.fileno(), PRINTED_BYTES, address).partition(b"\0")[0]
+            self.signal(0)  # else the number may have been another process's
+            return text.decode("utf-8", "replace")
+        except (OSError, ValueError, TypeError, OverflowError):
+            return ""
 
     def end(self) -> None:
         """Kill it, wait until it is reaped, remove its folder. In a fork: only let go."""

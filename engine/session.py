@@ -16,10 +16,13 @@ What a reader may rely on:
   - An error says why where something cannot work here: memory, asyncio, processes, network.
 """
 
+import _signal
 import ast
+import ctypes
 import io
 import json
 import linecache
+import mmap
 import os
 import pickle
 import random
@@ -27,7 +30,6 @@ import re
 import signal
 import struct
 import sys
-import threading
 import time
 import traceback
 import types
@@ -36,12 +38,11 @@ from engine.figures import Figures, open_figures, open_video
 
 MAX_FRAMES = 4096  # of videos, reported by one call
 MEMORY = 2 << 30  # bytes that the code may take
-STREAMED = 200  # messages of printed text of one call; after that there is a pause between them
-STREAM_PAUSE = 0.01  # seconds
-# A message: the id of the call, whether the reply is complete, and how many bytes follow. An
-# incomplete one is text that was printed. A complete one: the length of JSON (SIZE), JSON, pixels.
-HEADER = struct.Struct("<16s?I")
-SIZE = struct.Struct("<I")
+PRINTED_BYTES = 1 << 15  # of printed text that the trainer can read when a call is killed
+HEADER = struct.Struct("<16sI")  # of a message: the id of the call, how many bytes follow
+SIZE = struct.Struct("<I")  # what follows: the length of JSON, JSON, pixels
+# Last lines after which there is no value to show.
+NO_VALUE = re.compile(r"print\(.*\)$|[\w.]+\.show\(\)$|[A-Za-z_]\w* *=[^=]")
 OWN_FILE = "<sandbox>"  # the name of our sources in tracebacks, in which they are left out
 
 REASONS = {
@@ -70,7 +71,7 @@ class Session:
         self.frames = []  # (video, frame) of every frame that the call decoded
         self.namespace = vars(main)
         self.figures = Figures(self.namespace)
-        self.console = Console(self)
+        self.console = Console()
 
     def serve(self, missing: list[str], videos: list[int]):
         """Say which layers of the confinement are missing, then answer calls, without end.
@@ -86,7 +87,7 @@ class Session:
             self.namespace[f"video_clue_{number}"] = open_video(number, descriptor, self.frames)
         for clue, image in pickle.load(requests).items():
             self.namespace[f"image_clue_{clue}"] = image
-        self.send(json.dumps(missing).encode(), complete=True)
+        self.send(json.dumps([missing, self.console.address]).encode())
         while True:
             self.call, code, next_clue, seconds = pickle.load(requests)
             self.frames.clear()
@@ -97,7 +98,8 @@ class Session:
 
     def _reply(self, error):
         half = self.console.limit // 2  # as much of the text's end is kept
-        self.console.add(error)
+        if error:
+            self.console.write(error)
         reply = {
             "text": self.console.text(),
             "error": error[-half:] or None,
@@ -105,11 +107,11 @@ class Session:
             "sizes": self.figures.sizes,
         }
         text = json.dumps(reply).encode()
-        self.send(b"".join([SIZE.pack(len(text)), text, *self.figures.pixels]), complete=True)
+        self.send(b"".join([SIZE.pack(len(text)), text, *self.figures.pixels]))
 
-    def send(self, body: bytes, complete: bool):
+    def send(self, body: bytes):
         """Write one message to the trainer."""
-        message = memoryview(HEADER.pack(self.call, complete, len(body)) + body)
+        message = memoryview(HEADER.pack(self.call, len(body)) + body)
         while message:
             message = message[os.write(self.descriptor, message) :]
 
@@ -119,7 +121,7 @@ class Session:
         before = open_figures()
         text = ""
         try:
-            signal.signal(signal.SIGALRM, signal.default_int_handler)  # raises KeyboardInterrupt
+            _signal.signal(signal.SIGALRM, signal.default_int_handler)  # raises KeyboardInterrupt
             signal.setitimer(signal.ITIMER_REAL, seconds)
             self._execute(code)
         except SystemExit as stop:
@@ -140,6 +142,9 @@ class Session:
         name = f"<code {len(linecache.cache)}>"
         lines = code.splitlines(True)
         linecache.cache[name] = (len(code), None, lines, name)  # where tracebacks find the source
+        if NO_VALUE.match(code.rpartition("\n")[2]):  # most calls, and a tree takes time
+            exec(compile(code, name, "exec", dont_inherit=True), self.namespace)
+            return
         tree = compile(code, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
         last = None
         hidden = code.rstrip().endswith(";")  # as in a notebook
@@ -149,29 +154,35 @@ class Session:
         if last is None:
             return
         value = eval(compile(last, name, "eval", dont_inherit=True), self.namespace)
-        if value is not None and not self.figures.sizes and not self.console.written:
+        if value is not None and not self.figures.sizes and not self.console.tell():
             self.figures.display(value)
 
 
-class Console(io.TextIOBase):
-    """Standard output and error of the code. It keeps the start and the end of what is printed."""
+class Console(io.StringIO):
+    """Standard output and error of the code. It keeps the start and the end of what is printed.
+
+    The start is also kept as UTF-8 at a fixed place in memory. When a call into C has to be killed,
+    no Python code runs any more, and the trainer reads it there, up to the first zero.
+    """
 
     encoding = "utf-8"
 
-    def __init__(self, session: Session):
-        self.session = session
+    def __init__(self):
+        super().__init__()
         self.limit = 0  # characters of one call
-        self.lock = threading.RLock()
+        self.memory = mmap.mmap(-1, 2 * PRINTED_BYTES)  # half of it stays empty
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.begin()
 
     def begin(self):
         """Forget the text of the last call."""
-        self.head = ""
-        self.tail = ""
-        self.written = 0  # characters
-        self.unsent = ""  # what was not sent to the trainer yet
-        self.sent = 0  # messages
-        self.last = 0.0  # time of the last message
+        self.seek(0)
+        self.truncate()
+        self.dropped = 0  # characters of the middle
+        used = self.memory.tell()
+        self.memory.seek(0)
+        self.memory.write(bytes(used))
+        self.memory.seek(0)
         sys.stdout = sys.stderr = self
         sys.stdin = io.StringIO()
 
@@ -184,51 +195,34 @@ class Console(io.TextIOBase):
         self.write(bytes(data).decode("utf-8", "replace"))
         return len(data)
 
-    def writable(self):
-        return True
-
     def write(self, text):
-        if not isinstance(text, str):
-            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        with self.lock:
-            self.add(text)
-            self._stream(text)
-        return len(text)
+        """Called for every part of every line, so nothing here takes time."""
+        length = len(text)
+        if length > 100 * self.limit:
+            text = self._shorten(text)
+        super().write(text)
+        self.memory.write(text.encode("utf-8", "replace")[: PRINTED_BYTES - self.memory.tell()])
+        if self.tell() > 100 * self.limit:
+            kept = self._shorten(self.getvalue())
+            self.seek(0)
+            self.truncate()
+            super().write(kept)
+        return length
 
-    def add(self, text):
-        """Add text to what the reply will hold."""
-        self.written += len(text)
-        room = self.limit // 2 - len(self.head)
-        self.head += text[:room]
-        self.tail += text[max(room, len(text) - self.limit) :]
-        if len(self.tail) > 2 * self.limit:
-            self.tail = self.tail[-self.limit :]
-
-    def _stream(self, text):
-        """Send text at once: when a call into C has to be killed, no Python code runs any more.
-
-        White space waits for what follows, so that one print is one message. Only the main thread
-        sends: it knows that there is a call.
-        """
-        if self.written > self.limit:
-            return
-        self.unsent += text
-        if text.isspace() or threading.current_thread() is not threading.main_thread():
-            return
-        now = time.monotonic()
-        if self.sent < STREAMED or now - self.last > STREAM_PAUSE:
-            self.session.send(self.unsent.encode("utf-8", "replace"), complete=False)
-            self.unsent = ""
-            self.sent += 1
-            self.last = now
+    def _shorten(self, text):
+        """The start and the end of a text: all of it that can be in the reply."""
+        kept = text[: self.limit] + text[-self.limit :]
+        self.dropped += len(text) - len(kept)
+        return kept
 
     def text(self):
         """What was printed, cut in the middle to `limit` characters."""
+        text = self.getvalue()
         half = self.limit // 2
-        cut = self.written - len(self.head) - half
+        cut = len(text) + self.dropped - 2 * half
         if cut <= 0:
-            return self.head + self.tail
-        return f"{self.head}\n[… {cut} characters cut …]\n{self.tail[-half:]}"
+            return text
+        return f"{text[:half]}\n[… {cut} characters cut …]\n{text[-half:]}"
 
 
 def _seed(seed):
