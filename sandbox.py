@@ -209,7 +209,7 @@ class Sandbox(AbstractContextManager):
                 if getattr(failure, "errno", None) in (errno.EMFILE, errno.ENFILE):
                     raise
                 problem = failure
-        reason = clean(f"{type(problem).__name__}: {problem}")[:200]
+        reason = clean(str(problem))[:200]
         raise SandboxError(f"the sandbox's process does not start: {reason}")
 
     def _bind(self, videos):
@@ -317,7 +317,7 @@ def check_reply(reply: bytes, output_limit: int, count_frames) -> Result:
     text = clean(text[: output_limit + MARK])
     if error is not None:
         error = clean(error[: output_limit + MARK])
-        if not error:
+        if not error.strip():
             raise ValueError("its process sent a malformed error")
     frames = _pairs(values["frames"], MAX_FRAMES)
     frames = [pair for pair in frames if 0 <= pair[1] < count_frames(pair[0])]

@@ -304,9 +304,13 @@ class Room:
         if self.spaces:
             under_tmp = any(path.startswith("/tmp/") for path in reads)
             self.root = "/scratch" if under_tmp else "/tmp"
-            _pivot(reads, self.root)
         else:
             self.root = _scratch_root()
+
+    def enter(self):
+        """Leave the root of the machine, if there are namespaces."""
+        if self.spaces:
+            _pivot(self.reads, self.root)
 
     def scratch(self, pid: int) -> str:
         """The scratch folder of a child. With namespaces each mounts its own at the same place."""
@@ -394,8 +398,9 @@ def serve(control: str, videos: str, trainer: str, packages: str, *reads: str):
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     sys.path += [path for path in packages.split(":") if path not in sys.path]
-    _import()
     room = Room(list(reads))
+    _import()
+    room.enter()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     with suppress(KeyError):
         _filter()
@@ -489,6 +494,9 @@ def _scratch_root():
 
     It is locked while this process lives, from the moment that it has its name.
     """
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if most == 0:
+        raise OSError("no file may be written (ulimit -f 0): raise the limit")
     _sweep()
     made = tempfile.mkdtemp(prefix="new-sandbox-")
     fcntl.flock(os.open(made, os.O_RDONLY), fcntl.LOCK_EX)
@@ -668,6 +676,10 @@ class Inside:
             try:
                 layer(videos)
             except (OSError, KeyError, AttributeError) as error:
+                if getattr(error, "errno", None) == errno.EMFILE:
+                    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                    why = f"only {most} files may be open (ulimit -n)"
+                    raise OSError(f"{why}: raise the limit") from error
                 missing.append(f"{name} ({error})")
         return missing
 

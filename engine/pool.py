@@ -124,7 +124,9 @@ class Child:
                 self._kill()
             if self.scratch:
                 command = ["sh", "-c", confine.REMOVE, self.scratch]
-                subprocess.run(command, stderr=subprocess.DEVNULL)
+                with suppress(OSError, subprocess.TimeoutExpired):  # goes with the forking process
+                    null = subprocess.DEVNULL
+                    subprocess.run(command, stdout=null, stderr=null, timeout=10)
         if _pidfd_signal is not None:
             os.close(self.process)
 
@@ -160,17 +162,20 @@ class Pool:
     def take(self, videos: bool) -> Child:
         """A child that waited. OSError, EOFError, ValueError: why there is none."""
         with self.lock:
-            self._ask(WAITING + 1, videos)  # more than we take: some are always prepared
-            control = self.control[videos]
             try:
+                self._ask(WAITING + 1, videos)  # more than we take: some are always prepared
+                control = self.control[videos]
                 message, descriptors, _, _ = socket.recv_fds(control, 4096, 2)
                 if not message:
-                    raise EOFError(self._last_words())
+                    raise ConnectionError("its forking process ended")
                 self.waiting[videos] -= 1
                 control.send(b"t")  # taken: the next one may be handed over
                 child = json.loads(message)
-            except (OSError, ValueError, EOFError):
+            except (OSError, ValueError, EOFError) as problem:
+                server = self.server
                 self.server = None
+                if server is not None and isinstance(problem, ConnectionError):
+                    raise EOFError(_last_words(server)) from problem
                 raise
         if isinstance(child, str):  # it cannot be made
             raise OSError(child)
@@ -194,17 +199,6 @@ class Pool:
             if more > 0:
                 self.control[videos].send(b"f" * more)
                 self.waiting[videos] = count
-
-    def _last_words(self):
-        """Why the forking process ended: the last line of its errors."""
-        words = "its forking process ended"
-        with suppress(OSError, subprocess.TimeoutExpired):
-            self.server.wait(2)
-            os.set_blocking(self.server.stderr.fileno(), False)
-            errors = self.server.stderr.read() or b""
-            for line in errors.decode("utf-8", "replace").splitlines():
-                words = line.strip() or words
-        return words
 
     def _launch(self):
         """Start the forking process by exec, in a session that no Ctrl-C reaches."""
@@ -239,6 +233,18 @@ class Pool:
 
 pool = Pool()
 os.register_at_fork(after_in_child=pool.forget)
+
+
+def _last_words(server):
+    """Why the forking process ended: the last line of its errors."""
+    words = "its forking process ended"
+    with suppress(OSError, subprocess.TimeoutExpired):
+        server.wait(2)
+        os.set_blocking(server.stderr.fileno(), False)
+        errors = server.stderr.read() or b""
+        for line in errors.decode("utf-8", "replace").splitlines():
+            words = line.strip() or words
+    return words
 
 
 def _fill_standard_streams():

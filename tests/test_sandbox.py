@@ -1494,41 +1494,33 @@ CONFINEMENT = [
 
 
 def test_the_attacks_fail_elsewhere_too(tmp_path):
-    places, runs, folders = [("same", False), ("other", True), ("other", False)], {}, {}
-    root = not os.getuid() and not subprocess.call(
-        ["unshare", "-m", "true"], stderr=subprocess.DEVNULL
-    )
-    for user, namespaces in places if root else places[:1]:  # only root can become another user
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            *(f"{__file__}::{test.__name__}" for test in CONFINEMENT),
-        ]
+    elsewhere(tmp_path, [f"{__file__}::{test.__name__}" for test in CONFINEMENT])
+
+
+def elsewhere(tmp_path, tests):
+    """Run tests as root of a container, as another user, and as one who gets no namespaces."""
+    places = [("same", False), ("other", True), ("other", False)]
+    root = not os.getuid() and not subprocess.call(["unshare", "-m", "true"], stderr=-3)
+    if not root:  # only root can become another user
+        places = places[:1]
+    runs = {}
+    folders = {}
+    for user, namespaces in places:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         if not namespaces:
-            command = [sys.executable, "-c", REFUSE, repr({UNSHARE: None, MOUNT: None}), *command]
+            refused = repr({UNSHARE: None, MOUNT: None})
+            command = [sys.executable, "-c", REFUSE, refused, *command]
         if root and user == "same":  # as root in a container
-            command = [
-                "setpriv",
-                "--inh-caps=-all",
-                "--bounding-set=-sys_admin,-sys_ptrace,-sys_resource",
-                *command,
-            ]
+            gone = "--bounding-set=-sys_admin,-sys_ptrace,-sys_resource"
+            command = ["setpriv", "--inh-caps=-all", gone, *command]
         if user == "other":
             nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
             command = ["unshare", "-m", "sh", "-ec", shown(tmp_path), "sh", *nobody, *command]
-        folders[user, namespaces] = folder = tempfile.mkdtemp(dir="/tmp")
+        folder = tempfile.mkdtemp(dir="/tmp")
         os.chmod(folder, 0o777)
-        environment = {
-            **os.environ,
-            "HOME": folder,
-            "TMPDIR": folder,
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
+        environment = {**os.environ, "HOME": folder, "TMPDIR": folder}
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+        folders[user, namespaces] = folder
         runs[user, namespaces] = subprocess.Popen(
             command,
             env=environment,
