@@ -33,7 +33,7 @@ PYTHON = {  # plain -> what Python computes with floats, where 9^9^9^9 overflows
 }
 LITERAL = re.compile(r"[+-]?(?:(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.(\d*))?|\.(\d+))")
 RANGE_OR_DATE = re.compile(
-    r"[+-]?[\d.,]+(?:/\d+)?%?(?: ?- ?[\d.,]+(?:/\d+)?%?)+|\d+(?:/\d+){2,}|0\d*/\d+|\d+/0\d*"
+    r"[+-]?[\d.,]+(?:/\d+)?%?(?: ?- ?[+-]?[\d.,]+(?:/\d+)?%?)+|\d+(?:/\d+){2,}|0\d*/\d+|\d+/0\d*"
 )
 BEFORE_NUMBER = {
     r"(?i)^(?:about|around|approximately|roughly|nearly|[~≈]|\\approx) *": "",
@@ -102,7 +102,7 @@ frequency 1 Hz, hertz
 frequency 1000 kHz, kilohertz
 celsius 1 degree C, degree Celsius, C, celsius
 fahrenheit 1 degree F, degree Fahrenheit, F, fahrenheit
-kelvin 1 K, kelvin
+kelvin 1 kelvin
 angle 0.017453292519943295 degree, deg
 angle 1 rad, radian
 percent 1 %
@@ -269,8 +269,9 @@ def mean_relative_accuracy(prediction: float, target: float) -> float:
 def near(answer: str, target: Quantity) -> bool:
     """Does an answer state one number, and is its mean relative accuracy at least 0.5?"""
     text = in_digits(tidy(answer))
-    number = quantity(text) or quantity(IS.split(text)[-1])
-    alone = ONE_NUMBER.fullmatch(text)
+    stated = IS.split(text)[-1]
+    number = quantity(text) or quantity(stated)
+    alone = ONE_NUMBER.fullmatch(stated)
     if not number and alone and not AGAINST.search(text):
         number = quantity(alone[1]) or quantity(alone[2])
     if not number:

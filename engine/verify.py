@@ -45,9 +45,10 @@ MATHS = re.compile(  # digits, operators, brackets, LaTeX commands, names of one
     r"(?:\\[a-zA-Z]+|\\[{}|]|(?<![a-zA-Z])[a-zA-Z]{1,2}(?![a-zA-Z])|[\d\s+*/^_=<>()\[\]{}|,.!-])+"
 )
 NO_MATHS = re.compile(  # what only looks like it, or has two readings
-    r"\d +[\da-zA-Z](?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z] +[a-zA-Z]|[A-Z]{2}|[a-zA-Z]\d|\d\^\{?\d+\^"
+    r"\d +[\da-zA-Z](?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z] +[a-zA-Z]|[A-Z]{2}|\d[A-Z]|[a-zA-Z]\d|\d\^\{?\d+\^"
     r"|^(?![+-]?[\d,]*\.?\d+$)[\d\s.,/-]*$|^[a-zA-Z]{1,2}$|^[a-zA-Z][a-zA-Z]|^[^(\[\\].*,"
-    r"|(?<![a-zA-Z\\])(?:is|or|no|to|in|of|at|on|by|it|an|am|pm|[ckm]m|kg|m[gls])(?![a-zA-Z])"
+    r"|\\(?:sin|cos|tan) *[{(]?\d|\\log(?!_)"  # of degrees? to which base?
+    r"|(?<![a-zA-Z\\])(?:is|or|no|to|in|of|at|on|by|it|an|am|pm|[ckm]m|kg|m[gls]|st|nd|rd|th)(?![a-zA-Z])"
 )
 
 

@@ -46,6 +46,7 @@ WORDS = {  # of what is said in words, what is not said
     r"(?i)(?<!§)\b(?:the|an?) (?=(?!sin|cos|tan|log|ln|exp)[a-z]{2})": "",
     r"(?<=[a-z]{3})[-_](?=[a-z]{3})": " ",
     r" ?([/=+*^<>]) ?": r"\1",
+    r"(?<=\d) ?(?:-|to|~) ?(?=\d)": " to ",
     r"^ *([\"'`“])(.*)[\"'`”] *$": r"\2",
     r"^[\s,;:]+|(?:(?<=[^\W\d]{3})[!?]|[\s.,;:。])+$": "",
     r"(?<!\d),|,(?!\d{3}\b)": ", ",
@@ -73,7 +74,8 @@ AGAINST = re.compile(
     r"(?i)\b(?:not|no|nor|neither|never|none|without|except|but|cannot|rather|instead|than|unlike|"
     r"if|unless|whether|wait|actually|sorry|changed?|mistake|wrong|incorrect|false|or|other|different|opposite|un(?:sure|likely))\b|n't|\?"
 )
-CLAIM = re.compile(r"(?i)(?:\b(?:answer|choice|option)(?: is|:)|答案[是为:])\s*")
+MORE = re.compile(rf"{AGAINST.pattern}|\band\b")  # "black and white" is not white
+CLAIM = re.compile(r"(?i)(final |最终)?(?:\b(?:answer|choice|option)(?: is|:)|答案[是为:])\s*")
 HEAD = re.compile(r"(?<=[.!;。])\s+|,? (?:because|since|as) |\n")
 
 
@@ -131,9 +133,12 @@ def named(text: str, options: dict[str, str], same) -> set | None:
     is called the answer, or else the beginning; what follows it may only give reasons.
     """
     text = tidy(text)
-    start = max((claim.end() for claim in CLAIM.finditer(text)), default=0)
+    claims = list(CLAIM.finditer(text))
+    start = claims[-1].end() if claims else 0
     before = HEAD.split(text[:start])[-1]
     if AGAINST.search(before) or LETTER.search(before):
+        return None
+    if len(claims) > 1 and not claims[-1][1]:
         return None
     letters = _plainly(text[start:], options, same)
     head, *reasons = HEAD.split(text[start:], maxsplit=1)
@@ -166,7 +171,7 @@ def _plainly(text, options, same):
             certain = True
     found = set(re.findall("§(.)", phrase))
     rest = FILLER.sub("", re.sub("§.", " ", phrase))
-    if found and (not rest or len(found) == 1 and certain and not AGAINST.search(phrase)):
+    if found and (not rest or len(found) == 1 and certain and not MORE.search(phrase)):
         return found
     if found or not re.fullmatch(r"[a-z ]{3,}", phrase):
         return None if found else set()
