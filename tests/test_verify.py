@@ -14,11 +14,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import Sample
 from engine import algebra
-from engine.verify import verify, verify_batch
+from engine.verify import choices, mean_relative_accuracy, verify, verify_batch
+from reward import extract_answer
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = [
@@ -63,6 +65,270 @@ def test_each_reference_of_the_cases_is_right_for_itself(verdicts):
     references = {(case["question"], case["reference"]) for case in CASES}
     pairs = [(answer, Sample("0", question, answer)) for question, answer in sorted(references)]
     assert all(found is True for found in verify_batch(pairs))
+
+
+# Rules by hand ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "question, options",
+    [
+        (COLOURS, {"A": "white", "B": "orange", "C": "dark red", "D": "red"}),
+        ("Order?\nA. cat, cup\nB. cup, cat", {"A": "cat, cup", "B": "cup, cat"}),
+        ("x A) 1 B) 2", {"A": "1", "B": "2"}),
+        ("Choices:\nA:30\nB:25", {"A": "30", "B": "25"}),
+        ("Pick. A. 4; B. 9;C. 16", {"A": "4", "B": "9", "C": "16"}),
+        (
+            "Compare (A) with (B):\n(A) same\n(B) other\n(C) none",
+            {"A": "same", "B": "other", "C": "none"},
+        ),
+        ("Which? (A) one (B) two. Answer with the letter.", {"A": "one", "B": "two"}),
+        ("Is Vitamin A. good?", {}),
+        ("What is it?", {}),
+    ],
+)
+def test_choices(question, options):
+    assert choices(question) == options
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "B",
+        "b",
+        "(B)",
+        "(b)",
+        "B.",
+        "B)",
+        "[B]",
+        r"\text{B}",
+        "$B$",
+        "**B**",
+        "B. orange",
+        "(B) orange",
+        "B: orange",
+        "b) orange",
+        "orange",
+        "Orange.",
+        "the orange",
+        "An orange one",
+        "Option B",
+        "The answer is B.",
+        "Answer: (B)",
+        "the answer is option b",
+        "I think B",
+    ],
+)
+def test_every_usual_spelling_of_an_option(answer):
+    assert verdict(answer, "B", COLOURS) is True
+    assert verdict(answer, "orange", COLOURS) is True  # a reference may be the option's text
+    assert verdict(answer, "A", COLOURS) is False
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A or B",
+        "A, B",
+        "A/B",
+        "either B or C",
+        "white or orange",
+        "B. white",
+        "(A) orange",
+        "(A) white (B) orange",
+        "A B C D",
+        "B and red",
+    ],
+)
+def test_two_options_are_wrong_whichever_is_right(answer):
+    assert all(verdict(answer, letter, COLOURS) is False for letter in "ABCD")
+
+
+def test_options_that_hide_in_one_another_and_the_article_a():
+    assert verdict("dark red", "C", COLOURS) and verdict("dark red", "D", COLOURS) is False
+    assert verdict("the red one", "D", COLOURS) and verdict("A red one", "D", COLOURS)
+    assert (
+        verdict("I see dark red paint", "C", COLOURS)
+        and verdict("I see dark red paint", "D", COLOURS) is False
+    )
+    animals = "Which?\nA. dog\nB. cat"
+    assert verdict("A cat", "B", animals) and verdict("A dog", "B", animals) is False
+    sizes = "How long?\nA. 4 cm\nB. 14 cm\nC. 1/2\nD. 4.5 cm"
+    assert verdict("14 cm", "B", sizes) and verdict("14 cm", "A", sizes) is False
+    assert (
+        verdict(r"\frac12", "C", sizes)
+        and verdict("0.5", "C", sizes)
+        and verdict("4.5 cm", "D", sizes)
+    )
+    assert (
+        verdict("A, C", "A and C", sizes) and verdict("A", "A, C", sizes) is False
+    )  # two are asked for
+
+
+def test_a_letter_whose_options_are_in_the_picture():
+    assert verdict("(C)", "C") and verdict("C. 30", "C") and verdict("B", "C") is False
+    assert verdict("30", "C") is None and verdict("C", "C. 30")
+
+
+@pytest.mark.parametrize(
+    "answer, reference",
+    [
+        ("72 degrees", "72"),
+        (r"72^\circ", "72"),
+        ("72°", "72 degrees"),
+        ("12 cm", "12"),
+        ("12", "12 cm"),
+        ("12cm", "12 cm"),
+        (r"\frac{3}{4}", "0.75"),
+        (r"\dfrac34", "3/4"),
+        ("3/4", "75%"),
+        ("0.75", r"75\%"),
+        ("75", "75 percent"),
+        ("1,200", "1200"),
+        ("1{,}200.50", "1200.5"),
+        ("1 1/2", "1.5"),
+        (r"2\frac{1}{2}", "5/2"),
+        (r"-\frac{1}{2}", "-0.5"),
+        ("−3", "-3"),
+        ("+3", "3"),
+        ("x = 3", "3"),
+        ("3", "$x=3$"),
+        (r"\$5", "5"),
+        ("$5", "5 dollars"),
+        (r"2\sqrt{3}", "2√3"),
+        ("3.4641", r"2\sqrt{3}"),
+        ("2π", r"2\pi"),
+        ("3.14", r"\pi"),
+        ("3.1416", "3.14"),
+        ("0.33", "1/3"),
+        ("two", "2"),
+        (r"3 \times 10^{5}", "300000"),
+        ("1e3", "1000"),
+        ("about 20", "20"),
+        ("(3,8)", "(3, 8)"),
+        ("5, 7, 9", "(5,7,9)"),
+        ("007", "7"),
+        ("5 m²", "5 m^2"),
+        (r"\boxed{4}", "4"),
+        (".5", "0.5"),
+        ("-.5", "-1/2"),
+        (r"\(\frac{3}{4}\)", "0.75"),
+        (r"\[3\]", "3"),
+        ("½", "0.5"),
+        ("3½", "3.5"),
+        ("10^5", "100000"),
+        ("2^{10}", "1024"),
+        (r"\frac{\sqrt{3}}{2}", "0.866"),
+        (r"\frac{1+2}{4}", "0.75"),
+        (r"3-\sqrt{5}", "0.764"),
+        (r"\sqrt{\frac{1}{4}}", "0.5"),
+        ("3 km/h", "3"),
+        ("60 beats per minute", "60"),
+        ("1e3 m", "1000"),
+    ],
+)
+def test_numbers_that_are_equal(answer, reference):
+    assert verdict(answer, reference) is True
+
+
+@pytest.mark.parametrize(
+    "answer, reference",
+    [
+        ("3", "-3"),
+        ("5", "4"),
+        ("0.3", "1/3"),
+        ("2.5", "2.54"),
+        ("12.01", "12"),
+        ("75", "0.75"),
+        ("1,201", "1200"),
+        ("1/0", "1"),
+        ("3 cm", "4 cm"),
+        ("two", "3"),
+        ("100.4", "100"),
+        ("50%", "0.05"),
+        ("12 cm and 3", "12"),
+        ("3 cm or 2", "3"),
+        ("3 cm, not 2", "3"),
+        ("10-11", "-1"),
+        ("5-2-3", "0"),
+        ("3 is more than it could be", "3"),
+        ("3 cm 2", "3"),
+        ("3.4.5", "3.4"),
+        ("()", "0"),
+    ],
+)
+def test_numbers_that_are_not(answer, reference):
+    assert not verdict(answer, reference)
+
+
+def test_words_and_what_the_rule_leaves_to_the_judge():
+    assert (
+        verdict("Green.", "green")
+        and verdict("the left side", "Left side")
+        and verdict("It is green", "green")
+    )
+    assert verdict("The answer is green.", "green") and verdict("top-left", "top left")
+    assert (
+        verdict("teal", "green") is None
+        and verdict("12 cm", "12 m") is None
+        and verdict("3 or four", "3") is None
+    )
+    assert verdict(None, "green") is False and verdict("", "green") is False
+    assert verdict("x" * 1000, "x" * 1000) is False
+
+
+def test_hostile_answers_end_in_a_verdict_and_fast():
+    started = time.monotonic()
+    for piece in (*"9{}(√-$", "\\frac{", "\\text{", "**", "1 ", "9e", "9^", "9,", "A ", "\\boxed{"):
+        text = (piece * 1000)[:999]
+        for sample in (
+            Sample("0", COLOURS, "A"),
+            Sample("0", "", "12"),
+            Sample("0", "", "12", data_source="vsi_numerical"),
+        ):
+            assert verify(text, sample) in (True, False, None)
+        extract_answer(f"<answer>\\boxed{{{piece * 4000}")
+    assert verdict("9^9^9^9", "1") is not True
+    assert time.monotonic() - started < 20  # far off; a pattern that backtracks would take hours
+
+
+def test_mean_relative_accuracy_as_the_benchmark_computes_it():
+    worked = [
+        (3, 4, 0.6),
+        (1.9, 2.0, 1),
+        (120, 100, 0.6),
+        (4, 4, 1),
+        (0, 4, 0),
+        (-4, 4, 0),
+        (0, 0, 1),
+        (1, 0, 0),
+        (150, 100, 0.1),
+        (50, 100, 0.1),
+        (151, 100, 0),
+    ]
+    for prediction, target, expected in worked:
+        assert mean_relative_accuracy(prediction, target) == pytest.approx(expected)
+    assert (
+        mean_relative_accuracy(float("nan"), 4) == 0
+        and mean_relative_accuracy(float("inf"), 4) == 0
+    )
+    for gap in np.linspace(0, 0.6, 61):  # against the thresholds written out
+        share = np.mean([gap <= 1 - theta for theta in np.linspace(0.5, 0.95, 10)])
+        assert mean_relative_accuracy(1 + gap, 1.0) == pytest.approx(share, abs=0.1 + 1e-9)
+
+
+@pytest.mark.parametrize("source", ["vsi_numerical", "spacer_rule_verifiable"])
+def test_numeric_video_answers_go_by_mra(source):
+    assert (
+        verdict("3", "4", source=source) is True
+        and verdict("about 3 m", "4", source=source) is True
+    )  # MRA 0.6
+    assert (
+        verdict("four", "4", source=source) is True and verdict("120", "100", source=source) is True
+    )
+    assert (
+        verdict("2", "4", source=source) is False and verdict("3 or 4", "4", source=source) is False
+    )
+    assert verdict("many", "4", source=source) is False and verdict("3", "4", source="vsi") is False
+    assert verdict("B", "B", "Where?\nA. left\nB. right", source) is True  # a choice among them
 
 
 TRICKS = [
