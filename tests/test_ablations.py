@@ -1,10 +1,16 @@
-"""tests/ablations.py keeps, pairs and judges its runs rightly, and its documents are up to date."""
+"""The studies' own code and documents.
+
+tests/ablations.py keeps, pairs and judges its runs rightly; what it and tests/lesson.py wrote into
+docs/ is still what the code says.
+"""
 
 import json
+import re
 import subprocess
 from types import SimpleNamespace
 
 import ablations
+import lesson
 import pytest
 
 import train
@@ -130,3 +136,20 @@ def test_the_setting_is_that_of_the_laptop():
     for name, value in ablations.SETTING.items():
         if name not in changed:
             assert getattr(train.LAPTOP, name) == value, name
+
+
+# The lesson --------------------------------------------------------------------------------------
+NUMBER = re.compile(r"[+-]?\d+\.\d+(?:e-?\d+)?")
+
+
+def test_the_lesson_is_true():
+    """Words and whole numbers are the same, decimals nearly: another machine rounds otherwise."""
+    said = (ablations.DOCS / "lesson.md").read_text()
+    now = lesson.lesson()
+    assert NUMBER.sub("x", said) == NUMBER.sub("x", now), "python tests/lesson.py writes it again"
+    said_numbers = [float(number) for number in NUMBER.findall(said)]
+    numbers = [float(number) for number in NUMBER.findall(now)]
+    assert said_numbers == pytest.approx(numbers, rel=0.05, abs=0.002)
+    by_hand = re.search(r"/ \d+ = (-?[\d.]+)", now)[1]
+    reported = re.search(r"reports loss (-?[\d.]+)", now)[1]
+    assert by_hand == reported
