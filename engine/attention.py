@@ -71,17 +71,18 @@ def varlen_attention(
         out, lse = padded_attention(query, key, value, *bounds, causal, scale)
     else:
         calls = kernel_calls(cu_seq_q, cu_seq_k, used, causal)
-        out, lse = FlashOnCPU.apply(query, key, value, calls, scale)
+        inputs = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out, lse = FlashOnCPU.apply(*inputs, calls, scale)
+        out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
 
 def merge(first, second):
-    """Attention to two disjoint sets of keys, (out, log-sum-exp) each -> attention to both."""
+    """Attention to two disjoint sets of keys -> to both. Each is out (…, D) and log-sum-exp (…)."""
     total = torch.logaddexp(first[1], second[1])
-    share = (second[1] - total).exp()  # (H, Tq)
+    share = (second[1] - total).exp()
     share = share.nan_to_num(0.0)  # a query that sees nothing at all: -inf less -inf
-    weight = share.t()[..., None].to(first[0].dtype)
-    return torch.lerp(first[0], second[0], weight), total
+    return torch.lerp(first[0], second[0], share[..., None].to(first[0].dtype)), total
 
 
 # ---------------------------------------------------------------- long sequences: one call for each
@@ -104,29 +105,24 @@ def kernel_calls(cu_seq_q, cu_seq_k, used, causal):
     return calls
 
 
-def heads_first(x):
-    """(T, H, D) -> (1, H, T, D), as the kernel wants it. Nothing is copied."""
-    return x.transpose(0, 1)[None]
-
-
 class FlashOnCPU(torch.autograd.Function):
     """The calls of the kernel, merged where a query is in two of them.
 
-    Its backward wants the output and log-sum-exp over all keys that the queries have seen. Given
-    these, it is exact for each call by itself.
+    Query is (1, H, Tq, D), key and value are (1, Hk, Tk, D). The kernel's backward wants the output
+    and log-sum-exp over all keys that its queries have seen, and is then exact for each call alone.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, calls, scale):
         exact = torch.promote_types(query.dtype, torch.float32)
-        out = query.new_zeros(2, *query.shape)  # of the keys before, and of the causal calls
-        lse = query.new_full((2, *query.shape[1::-1]), -torch.inf, dtype=exact)
+        outs = [torch.zeros_like(query), torch.zeros_like(query)]  # not causal, causal
+        lses = query.new_full((2, *query.shape[:3]), -torch.inf, dtype=exact)
         for causal, queries, keys in calls:
-            inputs = map(heads_first, (query[queries], key[keys], value[keys]))
-            part, part_lse = FLASH(*inputs, 0.0, causal, scale=scale)
-            out[int(causal), queries] = part[0].transpose(0, 1)
-            lse[int(causal), :, queries] = part_lse[0]
-        out, lse = merge((out[0], lse[0]), (out[1], lse[1]))
+            inputs = (query[:, :, queries], key[:, :, keys], value[:, :, keys])
+            out, lse = FLASH(*inputs, 0.0, causal, scale=scale)
+            outs[causal][:, :, queries] = out
+            lses[int(causal), :, :, queries] = lse
+        out, lse = merge(*zip(outs, lses, strict=True))
         ctx.calls = calls
         ctx.scale = scale
         ctx.save_for_backward(query, key, value, out, lse)
@@ -138,11 +134,12 @@ class FlashOnCPU(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         grads = [torch.zeros_like(x) for x in (query, key, value)]
         for causal, queries, keys in ctx.calls:
-            given = (grad[queries], query[queries], key[keys], value[keys], out[queries])
-            inputs = (*map(heads_first, given), lse[None, :, queries], 0.0, causal)
-            parts = FLASH_BACKWARD(*inputs, scale=ctx.scale)
+            own = [x[:, :, queries] for x in (grad, query)]
+            seen = [x[:, :, keys] for x in (key, value)]
+            merged = [x[:, :, queries] for x in (out, lse)]
+            parts = FLASH_BACKWARD(*own, *seen, *merged, 0.0, causal, scale=ctx.scale)
             for whole, place, part in zip(grads, (queries, keys, keys), parts, strict=True):
-                whole[place] += part[0].transpose(0, 1)
+                whole[:, :, place] += part
         return *grads, None, None
 
 

@@ -26,12 +26,12 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.attention.varlen import AuxRequest
 from torch.utils.checkpoint import checkpoint
 
 from data import Action
 from engine.attention import CAUSAL, EVERYTHING, merge, varlen_attention
+from engine.parallel import sharded
 
 HEAD_LOGITS = 2**26  # logits that exist at a time in training: 440 tokens of V = 152k
 FEED_TOKENS = 8_192  # tokens of one forward in generation
@@ -68,11 +68,11 @@ class Cache:
         kept[1][row, slot] = value
 
     def look(self, layer, query, queries, rows, used, window, scale):
-        """Sequences of queries (N, H, D), one for each row -> output and log-sum-exp (H, N)."""
+        """Sequences of queries (N, H, D), one a row -> output (H, N, D), log-sum-exp (H, N)."""
         key, value = (kept[rows] for kept in self.layers[layer])
         count, capacity = key.shape[:2]
         starts = torch.arange(count + 1, dtype=torch.int32, device=query.device) * capacity
-        return varlen_attention(
+        out, lse = varlen_attention(
             query,
             key.flatten(0, 1),
             value.flatten(0, 1),
@@ -86,6 +86,7 @@ class Cache:
             enable_gqa=True,
             seqused_k=used.cumulative.diff(),
         )
+        return out.transpose(0, 1), lse
 
     def swap(self, a: list, b: list):
         """Exchange the rows a[i] and b[i]."""
@@ -131,8 +132,8 @@ class Cached:
         if self.prompts is not None:
             theirs = (self.groups, slice(None), self.known, EVERYTHING, scale)
             out, lse = self.prompts.look(layer, query[self.order], *theirs)
-            seen = merge(seen, (out[self.back], lse[:, self.back]))
-        return seen[0]
+            seen = merge(seen, (out[:, self.back], lse[:, self.back]))
+        return seen[0].transpose(0, 1)
 
 
 @dataclass
@@ -268,8 +269,8 @@ def score(model, inputs, packed, select, targets, ban, temperature):
         # FSDP does not want views from a forward, and a sum is none.
         return logprobs.gather(1, targets[:, None]).sum(1), entropy
 
-    vision = isinstance(model, FSDPModule)
-    states = hidden(model, inputs.ids, inputs.positions, packed, inputs, vision=vision)[select]
+    row = (inputs.ids, inputs.positions, packed, inputs)
+    states = hidden(model, *row, vision=sharded(model))[select]
     size = max(1, HEAD_LOGITS // len(ban))
     if len(states) <= size:
         return head(states, targets)  # one chunk: nothing to compute again
@@ -307,10 +308,13 @@ class FastPolicy:
         # The two functions above become methods of the model here and nowhere else. FSDP gathers a
         # module's own parameters (embedding, norm, head) only around methods that it knows of.
         policy.model.set_attn_implementation({"text_config": "packed"})
-        for function in (hidden, score):
-            setattr(policy.model, function.__name__, types.MethodType(function, policy.model))
-            if isinstance(policy.model, FSDPModule):
-                register_fsdp_forward_method(policy.model, function.__name__)
+        policy.model.hidden = types.MethodType(hidden, policy.model)
+        policy.model.score = types.MethodType(score, policy.model)
+        if sharded(policy.model):
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(policy.model, "hidden")
+            register_fsdp_forward_method(policy.model, "score")
 
     def __getattr__(self, name):
         return getattr(self.policy, name)
