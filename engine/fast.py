@@ -93,8 +93,13 @@ class Cache:
         for pair in self.layers.values():
             for kept in pair:
                 kept[a + b] = kept[b + a]
-        for i, j in zip(a, b, strict=True):
-            self.used[i], self.used[j] = self.used[j], self.used[i]
+        swap(self.used, a, b)
+
+
+def swap(items: list, a: list, b: list):
+    """Exchange items[a[i]] and items[b[i]]."""
+    for i, j in zip(a, b, strict=True):
+        items[i], items[j] = items[j], items[i]
 
 
 class Cached:
@@ -180,11 +185,8 @@ class Inputs:
 
     def __init__(self, policy, pieces: list):
         images = [image for piece in pieces for image in piece.images]
-        keys = [(image.size, image.tobytes()) for image in images]
-        pictures = dict(zip(keys, images, strict=True))
-        number = {key: i for i, key in enumerate(pictures)}
-        self.picture = [number[key] for key in keys]
-        self.pixels, self.grid = policy.pixels(list(pictures.values()))
+        pictures, self.picture = distinct(images, pixels_of)
+        self.pixels, self.grid = policy.pixels(pictures)
         grids = self.grid[self.picture].split([len(piece.images) for piece in pieces])
         positions = []
         for piece, grid in zip(pieces, grids, strict=True):
@@ -197,14 +199,23 @@ class Inputs:
         self.positions = torch.cat(positions, 1).to(policy.device)
 
 
-def by_prompt(trajectories: list):
-    """One trajectory for each distinct prompt; and for each trajectory, which of these it has."""
-    firsts = {}
-    keys = [(id(t.sample), tuple(t.tokens[: t.prompt_length])) for t in trajectories]
-    for key, t in zip(keys, trajectories, strict=True):
-        firsts.setdefault(key, t)
-    number = {key: i for i, key in enumerate(firsts)}
-    return list(firsts.values()), [number[key] for key in keys]
+def distinct(items: list, key):
+    """The items that differ in key(item); and for each item, which of these it equals."""
+    found = {}
+    numbers = []
+    for item in items:
+        number, _ = found.setdefault(key(item), (len(found), item))
+        numbers.append(number)
+    return [item for _, item in found.values()], numbers
+
+
+def prompt_of(t):
+    """What trajectories must have in common to share a prompt."""
+    return id(t.sample), tuple(t.tokens[: t.prompt_length])
+
+
+def pixels_of(image):
+    return image.size, image.tobytes()
 
 
 def chunks(pieces: list):
@@ -351,7 +362,7 @@ class FastPolicy:
     def prefill(self, trajectories: list):
         """Start a new cache with the prompts, each once for its group."""
         self.forget()
-        firsts, owner = by_prompt(trajectories)
+        firsts, owner = distinct(trajectories, prompt_of)
         pieces = [Piece(t.tokens[: t.prompt_length], t.images[: t.prompt_images]) for t in firsts]
         self.prompts = Cache(len(firsts))
         self.cache = Cache(len(trajectories))
@@ -424,8 +435,7 @@ class FastPolicy:
         movers = [i for i in keep if i >= len(keep)]
         if holes:
             self.cache.swap(holes, movers)
-        for a, b in zip(holes, movers, strict=True):
-            self.rows[a], self.rows[b] = self.rows[b], self.rows[a]
+            swap(self.rows, holes, movers)
 
     def logprobs(self, trajectories: list, temperature: float = 1.0):
         """Log-probs (A,) of all action tokens, in order, with gradients; and entropies (A,).
@@ -434,7 +444,7 @@ class FastPolicy:
         That token opens every reply of the group, because it predicts its first token.
         """
         self.forget()
-        firsts, owner = by_prompt(trajectories)
+        firsts, owner = distinct(trajectories, prompt_of)
         prompts, replies = [], []
         for t in firsts:
             prompts.append(Piece(t.tokens[: t.prompt_length - 1], t.images[: t.prompt_images]))
