@@ -212,7 +212,7 @@ def test_sampling_is_a_function_of_the_seed(fast, policy, tmp_path):
     assert len({tuple(tokens) for tokens in runs[0]}) == 4
 
 
-# ------------------------------------------------------------------------- random numbers of the code
+# -------------------------------------------------------------------- random numbers of the code
 LUCK = code("import random\nimport numpy\nprint(random.random(), numpy.random.rand())")
 
 
@@ -244,7 +244,7 @@ def test_code_that_kills_its_session_draws_the_same_numbers_again(policy):
     assert both[0] == both[1]
 
 
-# --------------------------------------------------------------------------------- the code of a turn
+# ----------------------------------------------------------------------------- the code of a turn
 def test_bare_fences_and_several_blocks():
     assert find_code("so\n```python\na = 1\n```") == "a = 1\n"
     assert find_code(code("a = 1") + code("b = 2")).strip() == "b = 2"
