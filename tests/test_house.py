@@ -44,7 +44,7 @@ FLOORS = dict(
     train=5,
     evaluate=5,
 )
-# What torchrun sets, and what the OpenMP library reads.
+# What torchrun sets, what the OpenMP library reads, and where the system has temporary files.
 ENVIRONMENT = {
     "RANK",
     "LOCAL_RANK",
@@ -54,6 +54,7 @@ ENVIRONMENT = {
     "MASTER_PORT",
     "TORCHELASTIC_ERROR_FILE",
     "OMP_NUM_THREADS",
+    "TMPDIR",
 }
 NAMES_ITS_KEY = "engine/judge.py"  # its key is a secret, and a flag says which variable holds it
 
@@ -62,7 +63,7 @@ def source(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------- how it is counted
+# -------------------------------------------------------------------------------- how it is counted
 FREE = (
     tokenize.COMMENT,
     tokenize.NL,
@@ -135,17 +136,19 @@ def statements(text):
     return found
 
 
+IMPORTERS = ("__import__", "import_module", "importlib.import_module")
+
+
 def imported(text):
     """The modules that a source imports, wherever in it: also within a function, also by name."""
-    modules = set()
+    modules = set()  # "?" for a name that is computed
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             modules.add(node.module or "")
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            if ast.unparse(node.func) in ("__import__", "importlib.import_module", "import_module"):
-                modules.add(node.args[0].value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in IMPORTERS:
+            modules.add(getattr(node.args[0], "value", "?"))
     return modules
 
 
@@ -172,10 +175,13 @@ def is_environment(node):
     return ast.unparse(node) in ("os.environ", "environ")
 
 
-def undocumented(text):
-    """Public functions, classes and methods without a docstring."""
+def undocumented(tree):
+    """Public functions, classes and methods without a docstring.
+
+    Methods of a class that is derived from another do what that one says.
+    """
     found = []
-    scopes = [("", ast.parse(text))]
+    scopes = [("", tree)]
     while scopes:
         prefix, scope = scopes.pop()
         for node in scope.body:
@@ -183,12 +189,12 @@ def undocumented(text):
                 continue
             if ast.get_docstring(node) is None:
                 found.append(prefix + node.name)
-            if isinstance(node, ast.ClassDef):
+            if isinstance(node, ast.ClassDef) and not node.bases:
                 scopes.append((f"{node.name}.", node))
     return sorted(found)
 
 
-# ------------------------------------------------------------------------------------------ the rules
+# ---------------------------------------------------------------------------------------- the rules
 def test_the_top_level_is_seven_scripts():
     assert sorted(path.stem for path in ROOT.glob("*.py")) == SCRIPTS
     assert not list(ROOT.glob("*/__init__.py"))
@@ -204,7 +210,8 @@ def test_a_part_stays_within_its_budget(part):
 @pytest.mark.parametrize("name", FILES)
 def test_tokens_a_line(name):
     folder, _, _ = name.rpartition("/")
-    assert round(tokens_a_line(source(name)), 1) <= TOKENS_A_LINE[folder]
+    figure = round(tokens_a_line(source(name)), 1)
+    assert figure <= TOKENS_A_LINE[folder]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -224,7 +231,7 @@ def test_lines_fit_into_a_window(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_point_one_way(name):
-    """engine imports data and engine; model, sandbox and reward not each other; rollout not train."""
+    """Of model, sandbox and reward none imports another; rollout not train, train not evaluate."""
     own = name.removesuffix(".py").split("/")[0]
     of_the_house = {module.split(".")[0] for module in imported(source(name))} & set(FLOORS)
     same_folder = {own} if "/" in name else set()
@@ -234,17 +241,22 @@ def test_imports_point_one_way(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_settings_in_environment_variables(name):
-    allowed = ENVIRONMENT | ({"?"} if name == NAMES_ITS_KEY else set())
-    assert not set(variables(source(name))) - allowed
+    read = set(variables(source(name))) - ENVIRONMENT
+    if name == NAMES_ITS_KEY:
+        read.discard("?")
+    assert not read
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_public_names_have_docstrings(name):
-    assert ast.get_docstring(ast.parse(source(name)))
-    assert not undocumented(source(name))
+    tree = ast.parse(source(name))
+    told = ast.get_docstring(tree)
+    assert told
+    missing = undocumented(tree)
+    assert not missing
 
 
-# ------------------------------------------------------------------------- that the rules can be broken
+# -------------------------------------------------------------------- that the rules can be broken
 def test_comments_and_docstrings_are_free():
     bare = "def f(x):\n    return x + 1\n"
     told = 'def f(x):\n    """What\n    it does."""\n    # Why.\n\n    return x + 1  # so\n'
@@ -259,7 +271,8 @@ COUNTED = [
     ("x = [a.b, c.d, e.f]", 1),
     ("x = f(a.b, c.d)", 3),
     ("x = dict(a=a.b, c=c.d, e=e.f, g=g(h))", 1),
-    ("if a.b and c: x = a + b + c + d", 2),
+    ("if a.b and c: x = a + b", 2),
+    ("if a: x = a.b + c", 2),
     ("x = [f(y) for y in z if y > 0]", 3),
     ("with a.b(c) as d: pass", 2),
     ("try: x\nexcept A.b: pass", 0),
@@ -303,8 +316,17 @@ def test_reads_of_the_environment_are_found(text, names):
 
 
 def test_public_names_without_docstrings_are_found():
-    text = (
-        "class A:\n    def b(self): pass\n    def _c(self): pass\n\ndef d(): pass\ndef _e(): pass\n"
-    )
-    assert undocumented(text) == ["A", "A.b", "d"]
-    assert undocumented('def f():\n    """Words."""\n    def inner(): pass\n') == []
+    text = """
+class A:
+    def b(self): pass
+    def _c(self): pass
+
+class B(A):
+    def b(self): pass
+
+def d(): pass
+def _e(): pass
+"""
+    assert undocumented(ast.parse(text)) == ["A", "A.b", "B", "d"]
+    text = 'def f():\n    """Words."""\n    def inner(): pass\n'
+    assert undocumented(ast.parse(text)) == []
