@@ -148,7 +148,8 @@ def imported(text):
         elif isinstance(node, ast.ImportFrom):
             modules.add(node.module or "")
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in IMPORTERS:
-            modules.add(getattr(node.args[0], "value", "?"))
+            module = node.args[0]
+            modules.add(module.value if isinstance(module, ast.Constant) else "?")
     return modules
 
 
