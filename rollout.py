@@ -174,6 +174,7 @@ def rollout(
 
 
 def ongoing(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """Those that have not ended."""
     return [t for t in trajectories if t.end_reason is EndReason.ONGOING]
 
 

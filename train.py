@@ -192,6 +192,7 @@ class Run:
         return groups
 
     def save(self) -> None:
+        """Write a checkpoint, and what --resume needs. All processes call it."""
         progress = dict(step=self.step, position=self.position, rows=self.rows)
         save_state(self.out, self.step, self.policy, self.optimizer, progress, self.config.keep)
 
