@@ -36,7 +36,7 @@ from engine.metrics import mean, measure
 from engine.run import Journal, Progress, check, greet, leader, one_line_errors, open_folder, settle
 from model import load_policy
 from reward import score
-from rollout import EndReason, Limits, Recital, rollout, select, teaches
+from rollout import Limits, Recital, rollout, select, teaches
 from sandbox import SandboxError
 from tasks.cold_start import cold_start_folder, parts_of_job, stages
 from tasks.puzzles import puzzles, read_difficulty
@@ -158,7 +158,7 @@ class Run:
         template = config.prompt_template
         self.templates = load_templates(template) if template else None
         self.judge = open_judge(config)
-        self.demonstrations = Demonstrations()
+        self.demonstrations = Demonstrations(config.frames)
         self.step = 0
         self.position = 0  # in the stream of prompts
         self.rows = []  # of metrics.jsonl
@@ -272,15 +272,7 @@ def choose(run: Run, groups: list):
             config.normalize_std,
             seed=config.seed + run.position,
         )
-    kept = []
-    for (t,) in groups:
-        answered = t.end_reason is EndReason.DONE and t.answer is not None
-        # A sample without a reference is a lesson in how to begin: it ends with its code.
-        begun = t.end_reason is EndReason.EXCEED_MAX_TURNS and not t.sample.answer
-        if answered or begun:
-            kept.append([t])
-        else:
-            run.demonstrations.report(t)
+    kept = [[t] for (t,) in groups if run.demonstrations.accept(t)]
     return kept, dict(demonstrations_skipped=len(groups) - len(kept))
 
 
@@ -351,10 +343,10 @@ def update(run: Run, groups: list) -> dict:
     parts = [groups[k :: config.minibatches] for k in range(config.minibatches)]
     for part in filter(None, parts):
         sums, norm = gradient(run, part)
-        gaps.append(float(sums[3] / sums[4]))
         if math.isfinite(norm) and math.isfinite(sums[0]):
             run.optimizer.param_groups[0]["lr"] = lr
             run.optimizer.step()
+            gaps.append(float(sums[3] / sums[4]))
             totals += sums
             norms.append(norm)
         else:
@@ -383,6 +375,7 @@ def held_out(run: Run) -> dict:
             done += flat(run.rollout(batch, 1, temperature=temperature))
         run.policy.generator.set_state(undisturbed)
         done = parallel.gather(done)
+        run.journal.name_unreadable(done)
         metrics[f"eval_accuracy{kind}"] = mean(bool(t.correct) for t in done)
         metrics[f"eval_tool_calls{kind}"] = mean(t.n_tool_calls for t in done)
         metrics[f"eval_visual_tokens{kind}"] = mean(t.visual_tokens for t in done)
@@ -408,7 +401,8 @@ def train(run: Run) -> None:
             metrics.update(held_out(run))
         stopped = any(parallel.gather([run.terminated]))
         saving = stopped or run.due(config.save_every)
-        run.journal.log(metrics, groups, kept, saving or run.due(config.eval_every))
+        pictures = saving or run.due(config.eval_every) or run.step == config.steps
+        run.journal.log(metrics, groups, kept, pictures)
         if saving:
             run.save()
         if stopped:
@@ -424,6 +418,8 @@ def configure(argv: list[str] | None = None) -> Config:
     if config.slow and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("--slow is for one process")
     open_folder(Path(config.out))
+    load_templates(config.prompt_template)
+    open_judge(config)
     return config
 
 
@@ -447,7 +443,7 @@ def begin(config: Config) -> Run:
         raise DataError(f"--resume: no complete checkpoint in {out}; start without --resume")
     samples = load(config.data) if config.data else []
     held = load(config.eval_data) if config.eval_data else []
-    if config.stage == "sft" and not (samples and samples[0].turns):
+    if config.stage == "sft" and not any(sample.turns for sample in samples):
         raise DataError("--stage sft needs --data with demonstrations: rows with turns")
     if config.eval_every and not held and not samples:
         held = puzzles(

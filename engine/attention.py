@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 CAUSAL = (-1, 0)  # the window_size of causal attention
 EVERYTHING = (-1, -1)
 HALF = (torch.float16, torch.bfloat16)
-SHORT = 2**14  # queries times keys: sequences up to it share one call of the kernel, padded
+SHORT = 2**13  # queries times keys: sequences up to it share one call of the kernel, padded
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -65,39 +65,14 @@ def varlen_attention(
             seqused_k=seqused_k,
         )
     causal = tuple(window_size) == CAUSAL
-    stride = regular_stride(cu_seq_k) if seqused_k is not None else max_k
-    if 0 < max_q * max_k <= SHORT and stride and not query.is_cuda:
-        inputs = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k)
-        out, lse = padded_attention(*inputs, stride, causal, scale)
+    used = cu_seq_k.diff() if seqused_k is None else seqused_k
+    if query.is_cuda or 0 < max_q * max_k <= SHORT:
+        bounds = (cu_seq_q, cu_seq_k, max_q, max_k, used)
+        out, lse = padded_attention(query, key, value, *bounds, causal, scale)
     else:
-        pairs = sequences(cu_seq_q, cu_seq_k, seqused_k, causal)
-        attend = plain_attention if query.is_cuda else flash_attention
-        out, lse = attend(query, key, value, pairs, causal, scale)
+        calls = kernel_calls(cu_seq_q, cu_seq_k, used, causal)
+        out, lse = FlashOnCPU.apply(query, key, value, calls, scale)
     return (out, lse) if return_aux is not None and return_aux.lse else out
-
-
-def regular_stride(cu_seq):
-    """The length that all sequences have in common, or 0."""
-    lengths = set(cu_seq.diff().tolist())
-    return lengths.pop() if len(lengths) == 1 else 0
-
-
-def sequences(cu_seq_q, cu_seq_k, seqused_k, causal):
-    """The slices (queries, keys) of every sequence, without queries that see no key."""
-    starts_q, ends_q = cu_seq_q[:-1], cu_seq_q[1:]
-    starts_k, ends_k = cu_seq_k[:-1], cu_seq_k[1:]
-    if seqused_k is not None:
-        ends_k = starts_k + seqused_k
-    if causal:
-        starts_q = torch.maximum(starts_q, ends_q - (ends_k - starts_k))
-    bounds = torch.stack([starts_q, ends_q, starts_k, ends_k], 1)
-    pairs = [(slice(*bound[:2]), slice(*bound[2:])) for bound in bounds.tolist()]
-    return [(q, k) for q, k in pairs if q.start < q.stop and k.start < k.stop]
-
-
-def heads_first(x):
-    """(T, H, D) -> (1, H, T, D), as the kernel wants it. Nothing is copied."""
-    return x.transpose(0, 1)[None]
 
 
 def merge(first, second):
@@ -109,73 +84,51 @@ def merge(first, second):
     return torch.lerp(first[0], second[0], weight), total
 
 
-def nothing_seen(query):
-    """The output and the log-sum-exp of queries that have seen no key yet."""
-    exact = torch.promote_types(query.dtype, torch.float32)
-    lse = query.new_full(query.shape[1::-1], -torch.inf, dtype=exact)
-    return torch.zeros_like(query), lse
+# ---------------------------------------------------------------- long sequences: one call for each
+def kernel_calls(cu_seq_q, cu_seq_k, used, causal):
+    """The calls that the CPU's kernel needs: (causal, queries, keys), the latter two as slices.
 
-
-def plain_attention(query, key, value, pairs, causal, scale):
-    """By the definition, with T x T scores: where no kernel is at hand (float32 on a GPU)."""
-    shared = query.shape[1] // key.shape[1]
-    scale = query.shape[2] ** -0.5 if scale is None else scale
-    out, lse = nothing_seen(query)
-    for queries, keys in pairs:
-        k = heads_first(key[keys]).repeat_interleave(shared, 1)
-        v = heads_first(value[keys]).repeat_interleave(shared, 1)
-        scores = heads_first(query[queries]) @ k.transpose(2, 3) * scale
-        if causal:
-            before = k.shape[2] - scores.shape[2]
-            ahead = torch.ones_like(scores, dtype=torch.bool).triu(1 + before)
-            scores = scores.masked_fill(ahead, -torch.inf)
-        seen = scores.softmax(-1) @ v
-        out[queries] = seen[0].transpose(0, 1)
-        lse[:, queries] = scores.detach().logsumexp(-1)[0]
-    return out, lse
-
-
-def flash_attention(query, key, value, pairs, causal, scale):
-    """By torch's flash kernel for CPUs, which takes one sequence and aligns causal at its start.
-
-    A causal sequence with more keys than queries is therefore two calls: one for the keys before
-    its queries, all of which are seen, and one for the keys of the queries themselves.
+    It aligns causal attention at the start. A causal sequence with more keys than queries is
+    therefore two calls: the keys before its queries, all of which are seen, and its own.
     """
-    before, own = [], []
-    for queries, keys in pairs:
-        length = queries.stop - queries.start if causal else 0
-        middle = keys.stop - length
-        if keys.start < middle:
-            before.append((queries, slice(keys.start, middle)))
-        if length:
-            own.append((queries, slice(middle, keys.stop)))
-    return FlashOnCPU.apply(query, key, value, before, own, scale)
+    bounds = torch.stack([cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], used], 1)
+    calls = []
+    for start, end, first, count in bounds.tolist():
+        if causal:
+            start = max(start, end - count)  # queries before that see no key
+        middle = first + count - (end - start if causal else 0)
+        if start < end and first < middle:
+            calls.append((False, slice(start, end), slice(first, middle)))
+        if start < end and middle < first + count:
+            calls.append((True, slice(start, end), slice(middle, first + count)))
+    return calls
+
+
+def heads_first(x):
+    """(T, H, D) -> (1, H, T, D), as the kernel wants it. Nothing is copied."""
+    return x.transpose(0, 1)[None]
 
 
 class FlashOnCPU(torch.autograd.Function):
-    """Attention of `before`, pairs whose keys are all seen, merged with `own`, which are causal.
+    """The calls of the kernel, merged where a query is in two of them.
 
-    The kernel's backward wants the output and log-sum-exp over all keys that the queries have seen.
-    Given these, it is exact for each part of the keys by itself.
+    Its backward wants the output and log-sum-exp over all keys that the queries have seen. Given
+    these, it is exact for each call by itself.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, before, own, scale):
-        seen = []
-        for causal, pairs in ((False, before), (True, own)):
-            out, lse = nothing_seen(query)
-            for queries, keys in pairs:
-                inputs = map(heads_first, (query[queries], key[keys], value[keys]))
-                part, part_lse = FLASH(*inputs, 0.0, causal, scale=scale)
-                out[queries] = part[0].transpose(0, 1)
-                lse[:, queries] = part_lse[0]
-            if pairs:
-                seen.append((out, lse))
-        if len(seen) == 2:
-            out, lse = merge(*seen)
-        elif seen:
-            out, lse = seen[0]
-        ctx.before, ctx.own, ctx.scale = before, own, scale
+    def forward(ctx, query, key, value, calls, scale):
+        exact = torch.promote_types(query.dtype, torch.float32)
+        out = query.new_zeros(2, *query.shape)  # of the keys before, and of the causal calls
+        lse = query.new_full((2, *query.shape[1::-1]), -torch.inf, dtype=exact)
+        for causal, queries, keys in calls:
+            inputs = map(heads_first, (query[queries], key[keys], value[keys]))
+            part, part_lse = FLASH(*inputs, 0.0, causal, scale=scale)
+            out[int(causal), queries] = part[0].transpose(0, 1)
+            lse[int(causal), :, queries] = part_lse[0]
+        out, lse = merge((out[0], lse[0]), (out[1], lse[1]))
+        ctx.calls = calls
+        ctx.scale = scale
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -184,66 +137,68 @@ class FlashOnCPU(torch.autograd.Function):
     def backward(ctx, grad, _):
         query, key, value, out, lse = ctx.saved_tensors
         grads = [torch.zeros_like(x) for x in (query, key, value)]
-        for causal, pairs in ((False, ctx.before), (True, ctx.own)):
-            for queries, keys in pairs:
-                inputs = (grad[queries], query[queries], key[keys], value[keys], out[queries])
-                total = lse[None, :, queries]
-                parts = FLASH_BACKWARD(
-                    *map(heads_first, inputs), total, 0.0, causal, scale=ctx.scale
-                )
-                for whole, place, part in zip(grads, (queries, keys, keys), parts, strict=True):
-                    whole[place] += part[0].transpose(0, 1)
-        return *grads, None, None, None
+        for causal, queries, keys in ctx.calls:
+            given = (grad[queries], query[queries], key[keys], value[keys], out[queries])
+            inputs = (*map(heads_first, given), lse[None, :, queries], 0.0, causal)
+            parts = FLASH_BACKWARD(*inputs, scale=ctx.scale)
+            for whole, place, part in zip(grads, (queries, keys, keys), parts, strict=True):
+                whole[place] += part[0].transpose(0, 1)
+        return *grads, None, None
 
 
-def padded_attention(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, used, stride, causal, scale
-):
-    """Short sequences, padded to (B, H, max_q, D) and (B, Hk, max_k, D): one call for all.
+# -------------------------------------------------------- short sequences: one call for all of them
+def padded_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, used, causal, scale):
+    """Sequences padded to (B, H, max_q, D) and (B, Hk, max_k, D), with a mask.
 
-    Their mask is small, and a call for each sequence would take longer than what padding adds.
+    The mask is small where sequences are short, and padding then takes less time than a call for
+    each of them. On a GPU this is what float32 gets, at any length.
     """
-    key_heads = key.shape[1]
-    shared = query.shape[1] // key_heads
+    shared = query.shape[1] // key.shape[1]
+    column = torch.arange(max(max_q, max_k), device=query.device)
     lengths = cu_seq_q.diff()[:, None]
-    real = torch.arange(max_q) < lengths  # (B, max_q)
-    if used is None:
-        used = cu_seq_k.diff()
-        real_keys = torch.arange(max_k) < used[:, None]
-        key, value = pad(key, real_keys), pad(value, real_keys)
-    else:
-        key = key.unflatten(0, (-1, stride))[:, :max_k]
-        value = value.unflatten(0, (-1, stride))[:, :max_k]
-    last = used[:, None] - 1  # (B, max_q or 1): the last key that a query sees
+    last = used[:, None] - 1  # (B, 1 or max_q): the last key that a query sees
     if causal:
-        last = torch.minimum(last, last + 1 - lengths + torch.arange(max_q))
-    ahead = torch.arange(max_k) > last[..., None]
+        last = torch.minimum(last, last + 1 - lengths + column[:max_q])
+    ahead = column[:max_k] > last[..., None]
     bias = query.new_zeros(ahead.shape).masked_fill_(ahead, -torch.inf)
     if causal:
         bias = bias.repeat_interleave(shared, 1)
     # The heads that share a key head become queries of it, so that each key is read once.
-    queries = pad(query, real).unflatten(2, (key_heads, shared)).transpose(1, 2).flatten(2, 3)
-    out, lse = FLASH(
-        queries, key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias[:, None], scale=scale
-    )
-    out = out.unflatten(2, (max_q, shared)).transpose(1, 2).flatten(2, 3)  # (B, max_q, H, D)
-    lse = lse.unflatten(2, (max_q, shared)).transpose(1, 2).flatten(2, 3)
-    lse = lse.masked_fill(last[..., None] < 0, -torch.inf)
-    return unpad(out, real), unpad(lse, real).t()
+    queries = rows(query, cu_seq_q, max_q).unflatten(2, (-1, shared)).transpose(1, 2)
+    key = rows(key, cu_seq_k, max_k).transpose(1, 2)
+    value = rows(value, cu_seq_k, max_k).transpose(1, 2)
+    kernel = plain_kernel if query.is_cuda else FLASH
+    seen = kernel(queries.flatten(2, 3), key, value, attn_mask=bias[:, None], scale=scale)
+    out, lse = (x.unflatten(2, (max_q, shared)).transpose(1, 2).flatten(2, 3) for x in seen)
+    lse = lse.masked_fill(last[..., None] < 0, -torch.inf)  # (B, max_q, H)
+    real = (column[:max_q] < lengths).flatten().nonzero()[:, 0]
+    out = out.flatten(0, 1).index_select(0, real)
+    return out, lse.flatten(0, 1).index_select(0, real).t()
 
 
-def pad(x, real):
-    """Packed (N, ...) -> (B, T, ...), zero where not real (B, T)."""
-    place = real.flatten().nonzero()[:, 0]
-    padded = x.new_zeros(real.numel(), *x.shape[1:])
-    return padded.index_copy_(0, place, x).unflatten(0, real.shape)
+def rows(x, cu_seq, length):
+    """The first `length` of each packed sequence, (B, length, ...): a view if x is a cache.
+
+    What follows a shorter sequence is whatever lies there.
+    """
+    strides = set(cu_seq.diff().tolist())
+    if len(strides) == 1 and max(strides) >= length:
+        return x.unflatten(0, (len(cu_seq) - 1, -1))[:, :length]
+    place = cu_seq[:-1, None] + torch.arange(length, device=x.device)
+    place = place.clamp(max=len(x) - 1)
+    return x.index_select(0, place.flatten()).unflatten(0, place.shape)
 
 
-def unpad(x, real):
-    """(B, T, ...) -> packed (N, ...)."""
-    return x.flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0])
+def plain_kernel(query, key, value, attn_mask, scale):
+    """What FLASH computes, written out, with all scores at a time."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query @ key.transpose(2, 3) * scale + attn_mask
+    scores = scores.clamp(min=-1e30)  # the gradient of a query that sees nothing is 0
+    weights = scores.softmax(-1) * (attn_mask == 0)
+    return weights @ value, scores.logsumexp(-1)
 
 
+# ------------------------------------------------------------------------------- where it is called
 def packed_attention(
     module, query, key, value, attention_mask, scaling=None, packed=None, **kwargs
 ):

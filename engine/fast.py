@@ -38,7 +38,7 @@ FEED_TOKENS = 8_192  # tokens of one forward in generation
 ROOM = 16  # tokens that a cache has to spare, and half of what it had, when it grows
 
 
-# --------------------------------------------------------------------------- how packed tokens attend
+# ------------------------------------------------------------------------- how packed tokens attend
 class Lengths:
     """Of packed sequences: counts, where they begin and end (B + 1,), and the longest."""
 
@@ -159,7 +159,7 @@ def causal(query, key, value, queries, keys, scale):
     return varlen_attention(query, key, value, *bounds, **settings)
 
 
-# ------------------------------------------------------------------------------------- packed inputs
+# ------------------------------------------------------------------------------------ packed inputs
 @dataclass
 class Piece:
     """Ids that follow each other in a packed row, with the images among them."""
@@ -279,7 +279,7 @@ def score(model, inputs, packed, select, targets, ban, temperature):
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-# ---------------------------------------------------------------------------------------- the policy
+# --------------------------------------------------------------------------------------- the policy
 @dataclass
 class Row:
     """A trajectory under way. Its place among FastPolicy.rows is its row in the cache."""

@@ -237,7 +237,9 @@ class Journal:
         self.progress = progress
         self.part = part
         self.rows = rows
+        self.unreadable = set()  # what was said of files that cannot be read
         self.track = None
+        self.finish = None
 
     def begin(self) -> None:
         """Write config.json, and metrics.jsonl as far as it goes; open the tracker."""
@@ -250,7 +252,7 @@ class Journal:
                 unfinished.write_text(text)
                 unfinished.rename(self.out / name)
             if self.config.tracker:
-                self.track = tracker(self.config)
+                self.track, self.finish = tracker(self.config)
 
     def log(self, metrics: dict, groups: list, kept: list, pictures: bool) -> None:
         """Note a step. groups: all that was sampled, of which `kept` were trained on.
@@ -261,6 +263,8 @@ class Journal:
         self.rows.append(metrics)
         self.progress.step(self.part)
         say(self.progress.line(self.part, self.config.stage, metrics))
+        if self.config.stage == "rl":  # in sft it is said of the demonstration
+            self.name_unreadable(flat(groups))
         gap = metrics.get("logprob_gap", 0.0)
         if gap > 0.01:
             say(f"warning: rollout and update disagree on log-probs by {gap:.3f} on average")
@@ -274,6 +278,13 @@ class Journal:
             if self.track:
                 self.track(metrics, pictures)
         self.check(kept)
+
+    def name_unreadable(self, trajectories: list) -> None:
+        """Say, once for each file, what of the data cannot be read."""
+        for t in trajectories:
+            if t.error and t.error not in self.unreadable:
+                self.unreadable.add(t.error)
+                say(f"sample {t.sample.id} cannot be read: {t.error:.200}")
 
     def check(self, kept: list) -> None:
         """End a run that goes nowhere."""
@@ -290,7 +301,9 @@ class Journal:
             raise NoProgress(f"the gradient was not finite in 5 steps; what it came from: {place}")
 
     def end(self) -> None:
-        """Say what came of it, and which files to open."""
+        """Say what came of it, and which files to open; close the tracker."""
+        if self.finish:
+            self.finish()
         found = [row["eval_accuracy"] for row in self.rows if "eval_accuracy" in row]
         if len(found) > 1:
             say(f"held-out accuracy {found[0]:.2f} before, {found[-1]:.2f} after")
@@ -298,7 +311,7 @@ class Journal:
 
 
 def tracker(config):
-    """A function (metrics, pictures) that also logs to the package that --tracker names."""
+    """How to log to the package that --tracker names: log(metrics, pictures), and finish()."""
     curves_png = str(Path(config.out, "curves.png"))
     if config.tracker == "tensorboard":
         from matplotlib.image import imread
@@ -314,7 +327,7 @@ def tracker(config):
                 writer.add_image("curves", image, metrics["step"], dataformats="HWC")
             writer.flush()
 
-        return log
+        return log, writer.close
     package = importlib.import_module(config.tracker)  # wandb and trackio share these calls
     about = dict(project="pyvision-rl", name=config.name, config=asdict(config), resume="allow")
     if config.tracker == "wandb":
@@ -325,4 +338,4 @@ def tracker(config):
         shown = {"curves": package.Image(curves_png)} if pictures else {}
         package.log({**metrics, **shown}, step=metrics["step"])
 
-    return log
+    return log, package.finish

@@ -22,7 +22,6 @@ import base64
 import csv
 import io
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,14 +32,7 @@ import numpy as np
 from PIL import Image
 
 from data import DataError, Sample
-from reward import (
-    MRA_SOURCES,
-    choices,
-    extract_answer,
-    mean_relative_accuracy,
-    value,
-    verify,
-)
+from reward import MRA_SOURCES, choices, extract_answer, mean_relative_accuracy, value, verify
 
 FLOAT = r"([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)"
 SHORT_ANSWER = r'"short answer"\s*:\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",}]+))'  # in DynaMath's JSON
@@ -96,7 +88,7 @@ class Benchmark:
     rule: Callable  # (answer, row) -> score in 0..1, or None: cannot tell
     # (rows, scores (n,), weights (D, n)) -> {"score": percents (D,), "scores": {name: percents}}
     summary: Callable
-    fields: str = "{id} | {question} | {answer}"
+    fields: str = "{id} | {question} | {answer}"  # the three that every row has
     images: str = "image"  # fields with pictures; a video is always in "video"
     prepare: Callable = lambda record, file: record  # brings another layout into that of `fields`
     extract: Callable = final_answer  # what the rule reads of a prediction
@@ -169,10 +161,8 @@ def _files(benchmark, path):
         found = [sorted(path.glob(x), key=lambda file: (len(file.name), file)) for x in patterns]
         if all(found):
             return sum(found, [])
-    there = "no such folder"
-    if path.is_dir():
-        names = sorted(file.name for file in path.glob("*"))
-        there = ", ".join(names[:8]) or "nothing"
+    names = ", ".join(sorted(file.name for file in path.glob("*"))[:8]) or "nothing"
+    there = names if path.is_dir() else "no such folder"
     raise DataError(
         f"{path} is not a {benchmark.title} folder: expected {benchmark.files} in it,"
         f" as published in {benchmark.source}; there is {there}"
@@ -182,8 +172,7 @@ def _files(benchmark, path):
 def _row(benchmark, record, file, media):
     """A record of a file -> Row. Raises what BAD_RECORD names."""
     record = benchmark.prepare(record, file)
-    patterns = benchmark.fields.split(" | ")
-    name, question, answer = (pattern.format(**record).strip() for pattern in patterns)
+    name, question, answer = (x.format(**record).strip() for x in benchmark.fields.split(" | "))
     texts = zip("ABCDEFGH", record.get("options") or (), strict=False)
     options = {letter: re.sub(rf"^{letter}\. *", "", str(text)) for letter, text in texts}
     if options and answer not in options:
@@ -298,23 +287,21 @@ def read_predictions(file: str | Path, rows: list[Row]) -> list[str]:
     first = None
     number = 1
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-        for number, line in enumerate(lines, 1):  # noqa: B007
-            if not line.strip():
-                continue
-            record = json.loads(line)
-            first = first or record
-            said = record.get("prediction", ()) if isinstance(record, dict) else ()
-            fits = isinstance(said, str | int | float | None)
-            if not fits or ("id" in record) != ("id" in first):
-                raise DataError(
-                    'it should be {"id": …, "prediction": "…"}, with an id in all lines or in none'
-                )
-            place = places.get(str(record["id"])) if "id" in record else len(found)
-            if place is None or place in found:
-                why = "of no row" if place is None else "a second time"
-                raise DataError(f"the id {record['id']!r} {why}")
-            found[place] = "" if said is None else str(said)
+        for line in Path(file).read_text(encoding="utf-8-sig").split("\n"):
+            if line.strip():
+                record = json.loads(line)
+                first = first or record
+                said = record.get("prediction", ()) if isinstance(record, dict) else ()
+                fits = isinstance(said, str | int | float | None)
+                if not fits or ("id" in record) != ("id" in first):
+                    form = '{"id": …, "prediction": "…"}'
+                    raise DataError(f"it should be {form}, with an id in all lines or in none")
+                place = places.get(str(record["id"])) if "id" in record else len(found)
+                if place is None or place in found:
+                    why = "of no row" if place is None else "a second time"
+                    raise DataError(f"the id {record['id']!r} {why}")
+                found[place] = "" if said is None else str(said)
+            number += 1
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: line {number}: {error}") from error
     missing = [row.id for place, row in enumerate(rows) if place not in found]
@@ -352,8 +339,7 @@ def score_benchmark(
             asked[len(correct)] = (row.question, row.answer, answer)
         correct.append(score)
     if judge and asked:
-        verdicts = judge(list(asked.values()))
-        for place, verdict in zip(asked, verdicts, strict=True):
+        for place, verdict in zip(asked, judge(list(asked.values())), strict=True):
             if verdict is not None:
                 correct[place] = verdict
     scores = [float(score or 0) for score in correct]
@@ -485,8 +471,8 @@ def _mathvision_rule(text, row):
         said = letter[1] or letter[2]
     elif number:
         said = number[1]
-    targets = (row.answer, options.get(row.answer, row.answer))
-    verdicts = [_mathvision_equal(said, target) for target in targets]
+    option = options.get(row.answer, row.answer)
+    verdicts = [_mathvision_equal(said, target) for target in (row.answer, option)]
     if True in verdicts:
         return True
     return False if False in verdicts or (letter and options) else None
@@ -522,8 +508,7 @@ def _wemath_summary(rows, scores, weights):
     for place, row in enumerate(rows):
         count, part = row.meta["key"].split("steps_")
         problems.setdefault((int(count), row.meta["ID"]), {})[part] = place
-        name = f"S{count}" if part == "multi" else "S1"
-        steps.setdefault(name, []).append(place)
+        steps.setdefault(f"S{count}" if part == "multi" else "S1", []).append(place)
     right = scores >= 0.5
     wholes = []  # places of the wholes of problems of which no row is missing
     share = []  # of their parts that are right
@@ -587,7 +572,7 @@ def _dynamath_rule(text, row):
         number = re.fullmatch(FLOAT + "(π.*)?", text.split()[0])
         if not number:  # π, 3,000 and 1/2 are the judge's
             return None
-        factor = math.pi if number[2] else 1
+        factor = np.pi if number[2] else 1
         return abs(float(number[1]) * factor - float(row.answer)) <= 0.001
     if kind == "multiple choice" or re.fullmatch(r"[\d.]+", row.answer):
         return _by_words(text, row)
@@ -613,8 +598,8 @@ def _tir_rule(text, row):
         pair = re.search(r"\b\d+\s*,\s*\d+\b", text)
         return _integers(pair[0]) == wanted if pair else None
     if task == "spot_difference" and not gold.isdecimal():
-        numbers = {*_integers(text)}
-        return len(numbers & {*wanted}) / len(numbers | {*wanted})
+        numbers = set(_integers(text))
+        return len(numbers.intersection(wanted)) / len(numbers.union(wanted))
     if gold.isalpha() and len(gold) > 1:  # several letters, in any order
         letters = re.sub(r"\band\b|[\W_]", "", text)
         if sorted(letters) == sorted(gold):
@@ -632,17 +617,12 @@ def _places_right(text, wanted):
     return None
 
 
-NUMERIC = (
-    "object_counting",
-    "object_abs_distance",
-    "object_size_estimation",
-    "room_size_estimation",
-)
+NUMERIC = "object_counting|object_abs_distance|object_size_estimation|room_size_estimation"
 
 
 def _vsi_record(record, file):
     kind = record["question_type"]
-    numeric = kind in NUMERIC
+    numeric = re.fullmatch(NUMERIC, kind)
     return record | {
         "kind": re.sub("_(easy|medium|hard)$", "", kind),
         "options": () if numeric else record["options"],

@@ -60,9 +60,8 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,14 +89,6 @@ STRIPES = {  # (x, y): the direction across the stripes
 # No number is within 30 % of two of these, so MRA >= 0.5 accepts one guess in four.
 COUNTS = ("1", "2", "4", "8")
 NAMES = tuple(COLOURS)
-VALUES = {  # the possible answers
-    "colour": NAMES,
-    "stripes": tuple(STRIPES),
-    "second": NAMES,
-    "flash": NAMES,
-    "order": NAMES,
-    "count": COUNTS,
-}
 KEPT = 4000  # clips in the cache
 UNUSED = 3 * 3600  # seconds after which no run can still need a clip beyond these
 
@@ -131,6 +122,8 @@ ASK = {  # {}: what is asked for
         "The lamp lights up several times. How often? Count.",
     ),
 }
+# The possible answers to each kind of question
+VALUES = dict.fromkeys(ASK, NAMES) | {"stripes": tuple(STRIPES), "count": COUNTS}
 ASK_CROP = {  # about a picture that shows only what is asked for
     "colour": "What colour is the tiny square?",
     "stripes": "Which way do the fine stripes run?",
@@ -163,7 +156,7 @@ ERRORS = (
     "ValueError: Coordinate 'right' is less than 'left'",
     "IndexError: Index: 720 out of bound: 320",
 )
-ANSWERS = "|".join(sorted({*COLOURS, *STRIPES}))
+ANSWERS = "|".join([*COLOURS, *STRIPES])
 VARIES = re.compile(  # a text is cut around what this finds
     r"(\d\d+"  # a number: a place, a second, a size
     r"|(?<=late )\d"  # the plate that is asked about
@@ -234,8 +227,7 @@ def _options(kind):
 
 
 def _question(scene):
-    words = ASK[scene.kind][scene.wording]
-    return words.format(scene.asked) + _options(scene.kind)
+    return ASK[scene.kind][scene.wording].format(scene.asked) + _options(scene.kind)
 
 
 # In all that follows, `rng` is a numpy Generator and `d` a Difficulty.
@@ -296,42 +288,30 @@ def _paint_plate(rng, d, kind, value, side):
 
 
 # The image puzzle --------------------------------------------------------------------------------
-@dataclass
 class Picture:
     """What there is to know about a picture, as plain values: it can be painted again.
 
-    Names, values and order of the fields decide the checksum, and so the split.
+    Names, values and order of the attributes decide the checksum, and so the split.
     """
 
-    kind: str  # colour or stripes
-    asked: int  # the plate that is asked about, from 1
-    answer: str
-    plates: list  # what each of the nine shows
-    hint: str  # the answer that the picture as a whole suggests
-    light: str  # its colour
-    wording: int  # which of the questions in ASK
-    side: int  # of a plate
-    shift: list  # (x, y) by which each plate is off its place in the grid
-    texture: int  # seed of all that is random in the pixels
-    split: str = field(init=False)  # `scenes` sets it, by a checksum of all of the above
     source = "puzzle_image"
 
-    @classmethod
-    def draw(cls, rng, d) -> "Picture":
-        """A random picture."""
-        kind = _pick(rng, d.kinds)
-        asked = 1 + _below(rng, 9)
-        answer = _pick(rng, VALUES[kind])
-        wrong = _others(VALUES[kind], answer)
-        plates = [answer if plate == asked else _pick(rng, wrong) for plate in range(1, 10)]
-        hint = answer if rng.random() < d.hint else _pick(rng, wrong)
-        light = hint if kind == "colour" else _pick(rng, NAMES)
-        wording = _below(rng, len(ASK[kind]))
+    def __init__(self, rng, d):
+        """A random picture; `scenes` adds `split`."""
+        self.kind = _pick(rng, d.kinds)  # colour or stripes
+        self.asked = 1 + _below(rng, 9)  # the plate that is asked about
+        self.answer = _pick(rng, VALUES[self.kind])
+        wrong = _others(VALUES[self.kind], self.answer)
+        # What each plate shows, what the picture as a whole suggests, and its colour.
+        self.plates = [self.answer if k == self.asked else _pick(rng, wrong) for k in range(1, 10)]
+        self.hint = self.answer if rng.random() < d.hint else _pick(rng, wrong)
+        self.light = self.hint if self.kind == "colour" else _pick(rng, NAMES)
+        self.wording = _below(rng, len(ASK[self.kind]))  # which of the questions
         smallest, largest = d.plates
-        side = int(rng.integers(smallest, largest + 1))
-        shift = rng.integers(-d.jitter, d.jitter + 1, (9, 2)).tolist()
-        texture = _below(rng, 2**32)
-        return cls(kind, asked, answer, plates, hint, light, wording, side, shift, texture)
+        self.side = int(rng.integers(smallest, largest + 1))  # of a plate
+        # (x, y) by which each plate is off its place in the grid
+        self.shift = rng.integers(-d.jitter, d.jitter + 1, (9, 2)).tolist()
+        self.texture = _below(rng, 2**32)  # seed of all that is random in the pixels
 
     def paint(self, d) -> Image.Image:
         """The pixels: noise in one light (the hint of colours), bands (of stripes), nine plates."""
@@ -351,8 +331,7 @@ class Picture:
             x, y = _centre(d, plate)
             right, down = self.shift[plate]
             left, upper, right, lower = _box(x + right, y + down, self.side)
-            painted = _paint_plate(rng, d, self.kind, value, self.side)
-            pixels[upper:lower, left:right] = painted
+            pixels[upper:lower, left:right] = _paint_plate(rng, d, self.kind, value, self.side)
         return Image.fromarray(pixels)
 
     def sample(self, name, d, folder=None) -> Sample:
@@ -392,47 +371,65 @@ class Picture:
 
 
 # The video puzzle --------------------------------------------------------------------------------
-@dataclass
 class Clip:
-    """What there is to know about a clip. As with Picture, the fields decide the checksum."""
+    """What there is to know about a clip. As with Picture, the attributes decide the checksum."""
 
-    kind: str  # second, flash, order or count
-    seconds: int  # its length
-    fps: int
-    answer: str
-    asked: int | str  # a second, or "first" or "last", or ""
-    lights: list  # (begin, end, colour) in seconds; at other times the lamp is dark
-    hint: str  # a guess, for demonstrations that never look
-    wording: int  # which of the questions in ASK
-    texture: int  # seed of all that is random in the pixels
-    split: str = field(init=False)  # `scenes` sets it, by a checksum of all of the above
     source = "puzzle_video"
 
-    @classmethod
-    def draw(cls, rng, d) -> "Clip":
-        """A random clip; its file comes later."""
-        kind = _pick(rng, d.clips)
+    def __init__(self, rng, d):
+        """A random clip; `scenes` adds `split`. The file comes later."""
+        self.kind = _pick(rng, d.clips)  # second, flash, order or count
         # Short clips come more often than long ones: they are cheap.
-        seconds = int(np.exp(rng.uniform(*np.log(d.seconds))))
-        answer = _pick(rng, VALUES[kind])
-        if kind == "second":
-            asked, lights = _changes(rng, d, seconds, answer)
-        else:
-            asked, lights = _flashes(rng, d, seconds, answer, kind)
-        fps = _pick(rng, d.fps)
-        hint = _pick(rng, VALUES[kind])
-        wording = _below(rng, len(ASK[kind]))
-        texture = _below(rng, 2**32)
-        return cls(kind, seconds, fps, answer, asked, lights, hint, wording, texture)
+        self.seconds = int(np.exp(rng.uniform(*np.log(d.seconds))))
+        answer = _pick(rng, VALUES[self.kind])
+        draw = self._changes if self.kind == "second" else self._flashes
+        asked, lights = draw(rng, d, answer)
+        self.fps = _pick(rng, d.fps)
+        self.answer = answer
+        self.asked = asked  # a second, or "first" or "last", or ""
+        self.lights = lights  # (begin, end, colour) in seconds; at other times the lamp is dark
+        self.hint = _pick(rng, VALUES[self.kind])  # a guess, for those who never look
+        self.wording = _below(rng, len(ASK[self.kind]))  # which of the questions
+        self.texture = _below(rng, 2**32)  # seed of all that is random in the pixels
 
-    def lit(self, second: float) -> str | None:
+    def _changes(self, rng, d, answer):
+        """(the second that is asked about, the lights) of a lamp that changes every second."""
+        asked = d.every * (1 + _below(rng, (self.seconds - 1) // d.every))
+        lights = []
+        for second in range(self.seconds):
+            colour = answer if second == asked else _pick(rng, NAMES)
+            lights.append((second, second + 1, colour))
+        return asked, lights
+
+    def _flashes(self, rng, d, answer):
+        """("first", "last" or "", the lights) of a lamp that is dark most of the time."""
+        numbers = {"flash": 1, "order": 2, "count": answer}
+        # In every other second one flash may begin, so that two never run together.
+        slots = np.arange(1, self.seconds - 1, 2)
+        slots = np.sort(rng.choice(slots, int(numbers[self.kind]), replace=False))
+        shown = [_pick(rng, NAMES) for _ in slots]
+        asked = ""
+        if self.kind == "flash":
+            shown = [answer]
+        elif self.kind == "order":
+            asked = _pick(rng, ("first", "last"))
+            shown = [answer, _pick(rng, _others(NAMES, answer))]
+            if asked == "last":
+                shown.reverse()
+        lights = []
+        for slot, colour in zip(slots, shown, strict=True):
+            begin = round(float(slot + rng.random()), 2)
+            lights.append((begin, begin + d.flash, colour))
+        return asked, lights
+
+    def lit(self, second) -> str | None:
         """The lamp's colour at a time in seconds, or None while it is dark."""
         for begin, end, colour in self.lights:
             if begin <= second < end:
                 return colour
         return None
 
-    def frame(self, d, colour: str | None) -> np.ndarray:
+    def frame(self, d, colour) -> np.ndarray:
         """One frame as (frame, frame, 3) bytes: a grey texture and the lamp; None: dark."""
         rng = default_rng(self.texture)
         lamp = d.frame // 2
@@ -442,7 +439,7 @@ class Clip:
         pixels[y : y + lamp, x : x + lamp] = COLOURS.get(colour, 40)
         return pixels
 
-    def film(self, d, path: Path) -> None:
+    def film(self, d, path) -> None:
         """Write H.264 in mp4. A pale speck drifts through it, so that no two frames are alike."""
         planes = {}  # a frame as H.264 has it (YUV), for each state of the lamp
         for colour in (None, *NAMES):
@@ -496,8 +493,8 @@ class Clip:
         """A frame or a count: where the question aims, elsewhere, or with code that fails."""
         aimed = rng.random() < d.aim
         if rng.random() < d.slip:
-            after_the_end = d.every * (self.seconds // d.every + 1)
-            return Look(SHOW_SECOND.format(after_the_end), None)
+            # At a second after the end there is no frame.
+            return Look(SHOW_SECOND.format(d.every * (self.seconds // d.every + 1)), None)
         if self.kind == "count" and aimed:
             return Look(COUNT_FLASHES, self.answer)
         if self.kind == "order" or (self.kind == "flash" and aimed):
@@ -522,43 +519,10 @@ class Clip:
         return Sample(name, question, value, (frame,), (), self.source, "crop")
 
 
-def _changes(rng, d, seconds, answer):
-    """(the second that is asked about, the lights) of a lamp that changes every second."""
-    latest = (seconds - 1) // d.every
-    asked = d.every * (1 + _below(rng, latest))
-    lights = []
-    for second in range(seconds):
-        colour = answer if second == asked else _pick(rng, NAMES)
-        lights.append((second, second + 1, colour))
-    return asked, lights
-
-
-def _flashes(rng, d, seconds, answer, kind):
-    """("first", "last" or "", the lights) of a lamp that is dark most of the time."""
-    numbers = {"flash": 1, "order": 2, "count": answer}
-    # In every other second one flash may begin, so that two never run together.
-    slots = np.arange(1, seconds - 1, 2)
-    slots = np.sort(rng.choice(slots, int(numbers[kind]), replace=False))
-    shown = [_pick(rng, NAMES) for _ in slots]
-    asked = ""
-    if kind == "flash":
-        shown = [answer]
-    elif kind == "order":
-        asked = _pick(rng, ("first", "last"))
-        other = _pick(rng, _others(NAMES, answer))
-        shown = [answer, other]
-        if asked == "last":
-            shown.reverse()
-    begins = [round(float(slot + rng.random()), 2) for slot in slots]
-    lights = [(begin, begin + d.flash, colour) for begin, colour in zip(begins, shown, strict=True)]
-    return asked, lights
-
-
 def _make_room(newest):
     """Delete the oldest clips beside `newest` beyond KEPT, unless a run may still need them."""
     with suppress(FileNotFoundError):  # another process may make room at the same time
-        files = sorted(newest.parent.iterdir(), key=os.path.getmtime)
-        for file in files[:-KEPT]:
+        for file in sorted(newest.parent.iterdir(), key=os.path.getmtime)[:-KEPT]:
             if newest.stat().st_mtime - file.stat().st_mtime > UNUSED:
                 file.unlink()
 
@@ -568,17 +532,18 @@ TASKS = {"image": Picture, "video": Clip}
 
 
 def _held_out(scene):
-    """Whether a scene is held out: one in eight, by its own checksum and whatever the seed."""
+    """Whether a scene is held out: one in eight, whatever the seed. Its split is not set yet."""
     return zlib.crc32(repr(vars(scene)).encode()) % 8 == 0
 
 
-def scenes(task: str, n: int, seed: int, split: str, use: str, d: Difficulty) -> Iterator[tuple]:
-    """(the sample's name, the scene, the random numbers that go on from it), n times.
+def scenes(task: str, n: int, seed: int, split: str, use: str, **difficulty):
+    """Yield (a sample's name, its scene, its random numbers, the Difficulty) n times.
 
     The first of them do not depend on n. `use` sets apart what scenes are drawn for. The seed
     shifts the alternation of several tasks, so that single samples of successive seeds alternate,
     too. Raises ValueError for an unknown task or split.
     """
+    d = Difficulty(**difficulty)
     names = task.split(",")
     if not set(names) <= set(TASKS) or split not in ("train", "heldout"):
         raise ValueError(
@@ -587,13 +552,12 @@ def scenes(task: str, n: int, seed: int, split: str, use: str, d: Difficulty) ->
         )
     for index in range(n):
         name = names[(seed + index) % len(names)]
-        stream = zlib.crc32(f"{name} {split} {use}".encode())
-        rng = default_rng((seed % 2**63, index, stream))
-        scene = TASKS[name].draw(rng, d)
+        rng = default_rng((seed % 2**63, index, zlib.crc32(f"{name} {split} {use}".encode())))
+        scene = TASKS[name](rng, d)
         while _held_out(scene) != (split == "heldout"):
-            scene = TASKS[name].draw(rng, d)
+            scene = TASKS[name](rng, d)
         scene.split = split
-        yield f"{name}-{use}-{split}-{seed}-{index}", scene, rng
+        yield f"{name}-{use}-{split}-{seed}-{index}", scene, rng, d
 
 
 def _turns(scene, rng, d):
@@ -636,19 +600,17 @@ def puzzles(
     the same scene. folder: of the clips; None: a cache in the temporary folder. difficulty: fields
     of Difficulty. Raises ValueError or TypeError for unknown names.
     """
-    d = Difficulty(**difficulty)
     return [
         scene.sample(name, d, folder)
-        for name, scene, _ in scenes(task, n, seed, split, "puzzle", d)
+        for name, scene, _, d in scenes(task, n, seed, split, "puzzle", **difficulty)
     ]
 
 
 def demonstrations(task: str, n: int, seed: int, folder=None, **difficulty) -> list[Sample]:
     """n training puzzles with `turns`: what a searcher of mixed quality says, code not yet run."""
-    d = Difficulty(**difficulty)
     return [
         replace(scene.sample(name, d, folder), turns=_turns(scene, rng, d))
-        for name, scene, rng in scenes(task, n, seed, "train", "demonstration", d)
+        for name, scene, rng, d in scenes(task, n, seed, "train", "demonstration", **difficulty)
     ]
 
 
@@ -657,9 +619,8 @@ def captions(task: str, n: int, seed: int, folder=None, **difficulty) -> list[Sa
 
     ability: "crop" (what a crop shows), "whole" (the hint) or "call" (where to look).
     """
-    d = Difficulty(**difficulty)
     samples = []
-    for name, scene, rng in scenes(task, n, seed, "train", "caption", d):
+    for name, scene, rng, d in scenes(task, n, seed, "train", "caption", **difficulty):
         sample = scene.lesson(name, rng, d)
         if sample:
             turn = ANSWER.format(sample.answer)
@@ -677,13 +638,13 @@ def corpus(task: str, n: int = 60, folder=None, **difficulty) -> list[str]:
     start of an action). Then no token spans a choice of the policy or hides a number of the
     question, and "40" read is the same token as "40" written.
     """
-    n = n * len(task.split(","))
+    n *= len(task.split(","))
     samples = captions(task, n, 0, folder, **difficulty)
     samples += demonstrations(task, 2 * n, 0, folder, **difficulty)
     texts = [OBSERVATION.format(TRACEBACK.format(error)) for error in ERRORS]
     for sample in samples:
-        (message,) = messages(sample)
-        texts += [part["text"] for part in message["content"] if "text" in part]
+        parts = messages(sample)[0]["content"]
+        texts += [part["text"] for part in parts if "text" in part]
         texts += sample.turns
         for turn in range(len(sample.turns)):
             figure = FIGURE.format(len(sample.images) + turn)

@@ -1,6 +1,6 @@
-"""The objective, the update, demonstrations, metrics, what a run leaves, and how it ends and goes on.
+"""The objective, the update, demonstrations, metrics, what a run leaves, how it ends and goes on.
 
-It ends by signals, kills, a full disk, or numbers that are not finite. It goes on number for number.
+It ends by signals, kills, a full disk, or numbers that are not finite, and goes on as if it had not.
 """
 
 import errno
@@ -31,7 +31,7 @@ from engine.batching import flat, microbatches, share
 from engine.checkpoint import FullDisk, complete
 from engine.fast import FastPolicy
 from engine.metrics import measure
-from engine.run import Journal, NoProgress, Progress, tracker
+from engine.run import Journal, NoProgress, Progress
 from model import load_policy, save_policy, tiny_policy
 from rollout import EndReason, Recital, Trajectory, Turn, rollout
 from sandbox import SandboxError
@@ -88,6 +88,10 @@ class Started:
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running:\n{self.text}"
         return self.process.exitcode
+
+    def wait_for(self, condition):
+        """Wait until the condition holds, or the process has ended."""
+        wait_for(lambda: condition() or not self.process.is_alive())
 
     def signal(self, number):
         os.kill(self.process.pid, number)
@@ -204,7 +208,7 @@ def make_run(tiny, data, out, **settings):
 
 
 def batch_of(run, advantages=(1.0, -0.5, 0.25, -1.0, 0.75)):
-    """The demonstrations as if the policy had sampled them: with its own log-probs, and advantages."""
+    """The demonstrations as if the policy had sampled them, with its own log-probs."""
     trajectories = flat(rollout(Recital(run.policy), run.samples, 1))
     for t, advantage in zip(trajectories, advantages, strict=True):
         with torch.no_grad():
@@ -283,7 +287,7 @@ def test_a_gap_between_rollout_and_update_is_measured(tiny, rows, tmp_path):
         assert result["logprob_gap"] == pytest.approx(0.25, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------- how a batch is cut
+# ------------------------------------------------------------------------------ how a batch is cut
 def made_of(*lengths, prompt=0):
     """A group of trajectories of so many tokens."""
     sample = Sample("0", "?", "a")
@@ -321,7 +325,7 @@ def test_few_groups_are_cut_into_trajectories_for_many_processes():
     assert [len(flat(share(groups, rank, 4))) for rank in range(4)] == [1, 1, 1, 1]
 
 
-# -------------------------------------------------------------------------------------- select, once
+# ------------------------------------------------------------------------------------- select, once
 def test_select_runs_once_a_step(taught, rows, tmp_path, monkeypatch):
     """Also where a step has to sample more often than once."""
     seen = []
@@ -425,6 +429,12 @@ def learned(run, monkeypatch):
     return batches
 
 
+def named(capsys):
+    """The lines on the terminal that name a demonstration."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if line.startswith("demonstration ")]
+
+
 def actions(policy, t):
     """What the trajectory's action tokens say, without the ends of turns."""
     ids = [i for i, mine in zip(t.tokens, t.action_mask, strict=True) if mine]
@@ -452,7 +462,7 @@ def test_a_prompt_that_cannot_run_shifts_no_turns(
             assert t.answer == t.sample.answer
     assert [row["demonstrations_skipped"] for row in run.rows] == [1, 1, 1]
     assert [row["trajectories_trained"] for row in run.rows] == [3, 3, 3]
-    said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    said = named(capsys)
     assert len(said) == 1
     assert f"demonstration {COLOURS[place]} " in said[0]
 
@@ -490,7 +500,7 @@ def test_a_faulty_demonstration_is_named_once_and_never_trained_in_part(
     batches = learned(run, monkeypatch)
     assert [[t.sample.id for t in batch] for batch in batches] == [["good"]] * 3
     assert [row["demonstrations_skipped"] for row in run.rows] == [1, 1, 1]
-    said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    said = named(capsys)
     assert len(said) == 1
     assert "demonstration bad " in said[0]
 
@@ -524,7 +534,7 @@ def test_demonstrations_of_equal_names_are_each_named(tiny, tmp_path, capsys):
         sample.id = "0"
     run = make_run(tiny, samples, tmp_path / "run", stage="sft", steps=2)
     train.train(run)
-    assert capsys.readouterr().out.count("skipped") == 2
+    assert len(named(capsys)) == 2
 
 
 def spoken(run, steps):
@@ -625,7 +635,7 @@ def test_both_stages_ask_with_the_prompt_template(stage, tiny, rows, tmp_path):
 
 # ----------------------------------------------------------------------------------------- metrics
 def test_metrics_of_hand_made_trajectories():
-    """Generated tokens are counted, not those of prompts; an unreadable sample is no format error."""
+    """Generated tokens count, and not those of prompts; an unreadable sample is no format error."""
     sample = Sample("0", "?", "a")
     mask = [False] * 100 + [True] * 10
     wrong = Trajectory(sample, tokens=[0] * 110, action_mask=mask, end_reason=EndReason.DONE)
@@ -683,7 +693,9 @@ def test_a_sample_that_cannot_be_read_is_named_once_and_is_no_format_error(tiny,
 
 def test_a_gap_is_warned_of(tiny, rows, tmp_path, capsys):
     run = make_run(tiny, rows, tmp_path)
-    row = dict(step=1, trajectories_trained=1, updates_skipped=0)
+    row = dict(
+        step=1, trajectories_trained=1, updates_skipped=0, seconds_rollout=1, seconds_update=1
+    )
     run.journal.log(dict(row, logprob_gap=0.001), [], [], False)
     assert "log-probs" not in capsys.readouterr().out
     run.journal.log(dict(row, logprob_gap=0.02), [], [], False)
@@ -924,7 +936,7 @@ def test_a_run_leaves_what_the_readme_says(stage, whole):
 def test_a_run_says_a_line_a_step(whole):
     text = (whole / "rl.txt").read_text()
     for step in range(1, 7):
-        assert f"rl   {step}/6" in text
+        assert f"rl {step}/6" in text
     assert max(len(line) for line in text.splitlines()) <= 250
     assert metrics(whole / "rl")[1]["trajectories_trained"] == 4
 
@@ -981,14 +993,13 @@ def test_a_killed_run_resumes_number_for_number(stage, tiny, rows, whole, tmp_pa
     rng = np.random.default_rng(int(time.time()))
     for kill in range(3):
         resume = ["--resume"] if complete(out) else []
-        seen = len(lines(out)) if resume else 0
         process = start(tiny, rows, out, *more, *resume)
-        alive = process.process.is_alive
         if kill == 0:
-            wait_for(lambda: complete(out) or not alive())
-            wait_for(lambda: (out / "unfinished").exists() or not alive())
+            process.wait_for(lambda: complete(out))
+            process.wait_for((out / "unfinished").exists)
         else:
-            wait_for(lambda: len(lines(out)) > seen or not alive())
+            step = len(lines(out)) + 1
+            process.wait_for(lambda step=step: len(lines(out)) >= step)
             time.sleep(float(rng.uniform(0, 0.3)))
         process.signal(signal.SIGKILL)
         process.wait()
@@ -1132,7 +1143,8 @@ def test_progress_of_a_resumed_job_counts_what_is_left(capsys):
     progress.skip("first", 5)
     assert progress.total == 30
     progress.step("first")
-    line = progress.line("first", "rl", dict(step=6, accuracy=0.5))
+    row = dict(step=6, accuracy=0.5, seconds_rollout=1, seconds_update=1)
+    line = progress.line("first", "rl", row)
     assert "6/10" in line
     assert "accuracy 0.50" in line
     assert len(line) <= 100
@@ -1188,7 +1200,7 @@ def test_tensorboard_gets_numbers_and_curves(tmp_path, monkeypatch):
 
     class SummaryWriter:
         def __init__(self, folder):
-            assert Path(folder) == tmp_path / "tensorboard"
+            assert Path(folder) == tmp_path
 
         def add_scalar(self, key, value, step):
             calls.append((key, value, step))
@@ -1214,7 +1226,7 @@ def test_tensorboard_gets_numbers_and_curves(tmp_path, monkeypatch):
     assert calls == [("step", 3, 3), ("loss", 0.5, 3), ("curves", 3, 3), "flush", "close"]
 
 
-# ------------------------------------------------------------------------------------ the real thing
+# ----------------------------------------------------------------------------------- the real thing
 def shrink(config):
     """Make the configuration of a real checkpoint that of a small model."""
     text = dict(

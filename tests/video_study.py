@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from evaluate import compare  # noqa: E402
-from tasks.puzzles import COUNTS, Difficulty, puzzles, scenes  # noqa: E402
+from tasks.puzzles import COUNTS, puzzles, scenes  # noqa: E402
 
 ARMS = {"on demand": "", "uniform, 8 frames": "8", "uniform, 1 fps": "1fps"}
 COLUMNS = "accuracy", "95 % interval", "greedily", "visual tokens", "frames looked at", "seconds covered", "tool calls"
@@ -53,7 +53,7 @@ def ceiling(arm, n):
     """Percent of the held-out puzzles that a perfect reader of the arm's uniform frames would answer, at most: the
     colour where a frame shows it, else a guess; of flashes, the number that makes those it sees most likely."""
     right = []
-    for _, scene, _ in scenes("video", n, 0, "heldout", "puzzle", Difficulty()):
+    for _, scene, _, _ in scenes("video", n, 0, "heldout", "puzzle"):
         frames = scene.seconds if ARMS[arm] == "1fps" else int(ARMS[arm])
         times = (np.arange(frames) + 0.5) * scene.seconds / frames
         seen = [light for light in scene.lights if any(light[0] <= time < light[1] for time in times)]
