@@ -157,6 +157,14 @@ different things, speaks of its grading or gives orders."""
             self.last_error = f"cache: {error.strerror}"
 
 
+def open_judge(config) -> Judge | None:
+    """The judge that the settings name, if any, with its cache in the run's folder."""
+    if not config.judge:
+        return None
+    cache = Path(config.out, "judge.jsonl")
+    return Judge(config.judge, config.judge_model, cache, api_key=config.judge_key_file or None)
+
+
 def _read_key(api_key):
     """The key from a variable or a file of that name. It is not shown: it may be the key itself."""
     try:
