@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from data import DataError, load, load_templates
+from data import DataError, load
 from engine import parallel
 from engine.batching import flat, microbatches, share
 from engine.checkpoint import complete, load_state, save_policy, save_state
@@ -33,6 +33,7 @@ from engine.demonstrations import Demonstrations
 from engine.fast import FastPolicy
 from engine.judge import open_judge
 from engine.metrics import mean, measure
+from engine.prompt import load_templates
 from engine.run import Journal, Progress, check, greet, leader, one_line_errors, open_folder, settle
 from model import load_policy
 from reward import score
