@@ -38,7 +38,7 @@ ANSWERS = [
     "reward_model.ground_truth",
     "extra_info.answer",
 ]
-ROLES = {
+ROLES = {  # of ShareGPT, by the names that chat templates know
     "human": "user",
     "gpt": "assistant",
     "function_call": "assistant",
@@ -80,6 +80,7 @@ class Action:
 
 
 def _need(condition, why):
+    """Raises DataError unless the condition holds."""
     if not condition:
         raise DataError(why)
 
@@ -294,11 +295,12 @@ def _embedded(table, group, row, name, place):
 
 
 def _listed(value):
+    """A list, also of a single value."""
     return value if isinstance(value, list) else [value]
 
 
 def _fields(row):
-    """The filled fields of a row; those of an object in it also as "object.field"."""
+    """The filled fields of a row, without null, NaN and ""; "object.field" leads into an object."""
     fields = dict(row)
     for name, value in row.items():
         if isinstance(value, dict):
@@ -368,21 +370,28 @@ def _chat(messages, name):
         content = message.get("value") or message.get("content")
         if isinstance(content, list):
             content = "".join(part.get("text") or f"<{part['type']}>" for part in content)
-        filled = role and content and isinstance(content, str)
-        _need(filled, f"'{name}' is not a list of {{role, content}} with text")
+        _need(
+            role and content and isinstance(content, str),
+            f"'{name}' is not a list of {{role, content}} with text",
+        )
         chat.append({"role": ROLES.get(role, role), "content": content})
     return chat
 
 
 def _converse(fields, name):
-    """Adds what a conversation holds to the fields of its row: question, answer, prompt, turns."""
+    """Adds what a conversation holds to the fields of its row: question, answer, prompt, turns.
+
+    It asks one question. Assistant turns before the last one run code, and what the tool answered
+    is left out, since the session answers again.
+    """
     chat = _chat(fields[name], name)
-    said = [message["content"] for message in chat if message["role"] == "assistant"]
-    asked = list(itertools.takewhile(lambda message: message["role"] != "assistant", chat))
+    whole = name == "prompt"  # it may hold examples of what an assistant says
+    asked = list(itertools.takewhile(lambda turn: whole or turn["role"] != "assistant", chat))
+    said = [turn["content"] for turn in chat[len(asked) :] if turn["role"] == "assistant"]
     code = ["```" in turn for turn in said]
     _need(asked and all(code[:-1]), f"'{name}' asks several questions, or none")
     fields.setdefault("extra_info.question", asked[-1]["content"])
-    if name == "prompt" or len(asked) > 1:
+    if whole or len(asked) > 1:
         fields["prompt"] = asked
     if said and not code[-1]:
         fields.setdefault("extra_info.answer", said[-1])
@@ -392,6 +401,10 @@ def _converse(fields, name):
 
 
 def _sample(row, number, folder, at):
+    """A row of any layout -> its Sample. DataError: what is wrong, and in which field.
+
+    number: of the row, from 1. at: where the row lies in a table, for `_embedded`, or [].
+    """
     _need(isinstance(row, dict), "is not a JSON object")
     fields = _fields(row)
     fields[f"{fields.get('mm_hint.hint_type')}_hint"] = fields.get("mm_hint.hint_path")
@@ -403,8 +416,7 @@ def _sample(row, number, folder, at):
     answer = _reference(str(answer)) if isinstance(answer, (str, int, float)) else ""
     prompt = fields.get("prompt")
     turns = fields.get("turns")
-    look_at = id if at and number > CHECKED else image_size
-    images = _media(fields, "image", look_at, folder, at)
+    images = _media(fields, "image", id if at and number > CHECKED else image_size, folder, at)
     videos = _media(fields, "video", video_info, folder, at)
     _need(isinstance(question, str) and question.strip(), "has no question")
     _need(answer, f"has no answer, a string or a number in {', '.join(ANSWERS)}")
@@ -412,15 +424,19 @@ def _sample(row, number, folder, at):
         images or videos,
         "has no 'image_path', 'images', 'video_path' or 'videos', nor 'mm_hint' with a hint_type",
     )
-    spoken = isinstance(turns, list) and all(turns) and "".join(turns)
-    _need(turns is None or spoken, "'turns' is not a list of the assistant's texts")
+    _need(
+        turns is None or isinstance(turns, list) and all(turns) and "".join(turns),
+        "'turns' is not a list of the assistant's texts",
+    )
     asked = str(prompt or question)
     if turns:  # images beyond the marks came from the tool, which will give them again
         images = images[: asked.count("<image>") or None]
     for kind, media in (("image", images), ("video", videos)):
         marks = asked.count(f"<{kind}>")
-        free = not marks and not (prompt and kind == "image")
-        _need(free or marks == len(media), f"{marks} <{kind}> marks for {len(media)} {kind}s")
+        _need(
+            marks == len(media) or not (marks or prompt and kind == "image"),
+            f"{marks} <{kind}> marks for {len(media)} {kind}s",
+        )
     sample = Sample(
         id=str(_first(fields, ["id", "extra_info.index"], number - 1)),
         question=question + _options(_first(fields, ["options", "choices"], [])),

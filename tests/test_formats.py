@@ -4,9 +4,11 @@ import base64
 import json
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +118,19 @@ def test_reading_a_header_decodes_no_pixels(tmp_path):
     assert image_size(path) == (300, 200)
     with pytest.raises(DataError, match="half.png"):
         open_image(path)
+
+
+def test_header_and_pixels_agree_where_the_orientation_follows_the_pixels(tmp_path):
+    path = tmp_path / "late.png"
+    corners().save(path)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    block = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(block) - 4) + block + struct.pack(">I", zlib.crc32(block))
+    data = data_of(path)
+    end = data.rfind(b"IEND") - 4
+    path.write_bytes(data[:end] + chunk + data[end:])
+    assert open_image(path).size == image_size(path)
 
 
 def test_a_damaged_exif_block_changes_nothing(tmp_path):
@@ -435,6 +450,17 @@ def test_a_row_with_its_own_prompt_and_no_question_works_without_tools(folder):
     assert text_of(messages(sample)) == content
     direct = messages(sample, tools=False)
     assert images_of(direct) == 1 and text_of(direct).endswith("Question: What colour?")
+
+
+def test_a_prompt_may_hold_an_example(folder):
+    texts = ["2 + 2?", "<answer>4</answer>", "<image>What colour?"]
+    roles = ["user", "assistant", "user"]
+    prompt = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    row = {"prompt": prompt, "answer": "red", "images": ["red.png"]}
+    sample = load(write(folder / "rows.json", [row]))[0]
+    assert (sample.prompt, sample.turns, sample.answer) == (prompt, None, "red")
+    assert [message["role"] for message in messages(sample)] == roles
+    assert text_of(messages(sample, tools=False)).endswith("Question: What colour?")
 
 
 def test_marks_become_names_where_they_stand_between_words(folder):
