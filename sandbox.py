@@ -42,10 +42,14 @@ import data
 from engine.figures import MAX_ASPECT, MAX_CALL_PIXELS, MAX_FIGURES, MAX_PIXELS
 from engine.pool import START, WAITING, too_few_descriptors
 from engine.pool import pool as _pool
-from engine.session import HEADER, MAX_FRAMES
-from engine.session import SIZE as JSON_SIZE
+from engine.session import HEADER, JSON_SIZE, MAX_FRAMES
 
 KEYS = {"text", "error", "frames", "sizes"}  # of a reply
+warm = _pool.warm  # have some processes ready, while the policy generates
+RESTARTED = """[Restarted: earlier variables, imports and files are lost; the inputs and the figures \
+that were shown are bound again.]
+"""
+FEW = (errno.EMFILE, errno.ENFILE)  # no descriptor is left
 GRACE = 0.25  # seconds from the timeout, which the child ends by itself, to the kill
 MARK = 99  # characters of text that a reply may have above its limit: the note of what was cut
 SHOWN_PIXELS = 32_000_000  # of figures that are bound again after a restart, the last ones
@@ -116,7 +120,7 @@ class Sandbox(AbstractContextManager):
         self._shown = {}  # number -> figure
         self._limit = output_limit
         self._seed = seed
-        self._frame_counts = None  # of the videos, asked for when a call decodes frames
+        self._frame_counts = {}  # of the videos, asked for when a call decodes frames
         self._lock = threading.RLock()
         self._start()
 
@@ -140,8 +144,7 @@ class Sandbox(AbstractContextManager):
             notice = ""
             if not self._end.alive or not self._child.ours:
                 self._start()
-                notice = "[Restarted: earlier variables, imports and files are lost; the inputs "
-                notice += "and the figures that were shown are bound again.]\n"
+                notice = RESTARTED
             result = self._call(code)
             result.text = notice + result.text
             for image in result.images:
@@ -171,11 +174,10 @@ class Sandbox(AbstractContextManager):
         """The Result of a call that has no reply: what was printed before, and what went wrong."""
         error = f"{type(problem).__name__}: {problem}\n"
         if late and not self.closed:
-            limit = f"the limit of {self.timeout:g} s"
-            error = f"TimeoutError: the code ran for more than {limit} and was ended\n"
+            error = f"TimeoutError: the code ran into the limit of {self.timeout:g} s\n"
         text = clean(self._child.printed(self._printed_at)[: self._limit])
-        if text and not text.endswith("\n"):
-            text += "\n"
+        if text:
+            text = f"{text.rstrip()}\n"
         return Result(text + error, [], error, [])
 
     def _start(self):
@@ -185,12 +187,12 @@ class Sandbox(AbstractContextManager):
                 videos = [files.enter_context(open(path, "rb")) for path in self.videos]
                 missing = self._connect(videos)
             except OSError as problem:
-                if problem.errno in (errno.EMFILE, errno.ENFILE):
+                if problem.errno in FEW:
                     raise SandboxError(too_few_descriptors()) from problem
                 raise
         if missing:
-            lack = f"no safe place for code without {', '.join(missing)}: "
-            lack += "use Linux 5.13+ or unsafe=True (--unsafe_sandbox)"
+            way_out = "use Linux 5.13+ or unsafe=True (--unsafe_sandbox)"
+            lack = f"no safe place for code without {', '.join(missing)}: {way_out}"
             if not self.unsafe:
                 self._end()
                 raise SandboxError(lack)
@@ -206,7 +208,7 @@ class Sandbox(AbstractContextManager):
                 self._end.atexit = False  # at exit the forking process ends what is left
                 return self._bind(videos)
             except (OSError, EOFError, ValueError) as failure:
-                if getattr(failure, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                if getattr(failure, "errno", None) in FEW:
                     raise
                 problem = failure
         reason = clean(str(problem))[:200]
@@ -220,34 +222,31 @@ class Sandbox(AbstractContextManager):
                 socket.send_fds(self._child.channel, [b"v" * len(videos)], descriptors)
             inputs = self._images.bytes + pickle.dumps(self._last_shown())
             answer = json.loads(self._exchange((self._limit, self._seed), START, inputs))
+            if isinstance(answer, str):  # it failed, and says why
+                raise OSError(answer)
         except BaseException:
             self._end()
             raise
-        if isinstance(answer, str):  # it failed, and says why
-            self._end()
-            raise OSError(answer)
         missing, self._printed_at = answer
         return missing
 
     def _last_shown(self):
         """The figures to bind again: the last ones, within a bound."""
         pixels = 0
-        for clue in sorted(self._shown, reverse=True):
-            width, height = self._shown[clue].size
-            pixels += width * height
+        for clue, image in sorted(self._shown.items(), reverse=True):
+            pixels += image.width * image.height
             if pixels > SHOWN_PIXELS:
                 del self._shown[clue]
         return self._shown
 
     def _count_frames(self, video):
         """How many frames a video has; 0 if there is no such video or it cannot be read."""
-        if self._frame_counts is None:
-            self._frame_counts = {}
+        if video not in range(len(self.videos)):
+            return 0
         if video not in self._frame_counts:
             self._frame_counts[video] = 0
-            if video in range(len(self.videos)):
-                with suppress(data.DataError, OSError):
-                    self._frame_counts[video] = data.video_info(str(self.videos[video]))["frames"]
+            with suppress(data.DataError, OSError):
+                self._frame_counts[video] = data.video_info(str(self.videos[video]))["frames"]
         return self._frame_counts[video]
 
     def _exchange(self, request, seconds, inputs=b""):
@@ -260,7 +259,7 @@ class Sandbox(AbstractContextManager):
             channel.sendall(pickle.dumps((call, *request)))
             if inputs:
                 channel.sendall(inputs)
-        except (BrokenPipeError, ConnectionResetError):
+        except ConnectionError:
             pass  # what it said before is still there
         header = self._receive(HEADER.size, deadline)
         sender, size = HEADER.unpack(header)
@@ -278,7 +277,7 @@ class Sandbox(AbstractContextManager):
             if left <= 0:
                 raise TimeoutError("timed out")
             self._child.channel.settimeout(left)
-            part = self._child.channel.recv(min(max(size - len(received), 2**16), 2**20))
+            part = self._child.channel.recv(2**16)
             if not part:
                 raise EOFError("its process died")
             received += part
@@ -337,18 +336,19 @@ def _pairs(values, most):
 
 def _figures(reply, start, sizes):
     """The figures whose pixels begin at `start` and fill the rest of the reply."""
-    pixels = 0
+    images = []
+    bytes_left = 3 * MAX_CALL_PIXELS
     for size in sizes:
         if not _is_size(size):
             raise ValueError("its process sent malformed figures")
-        pixels += size[0] * size[1]
-    if pixels > MAX_CALL_PIXELS or len(reply) != start + 3 * pixels:
+        length = 3 * size[0] * size[1]
+        bytes_left -= length
+        if bytes_left < 0:
+            raise ValueError("its process sent too many pixels")
+        images.append(Image.frombytes("RGB", size, reply[start : start + length]))
+        start += length
+    if start != len(reply):
         raise ValueError("its process sent malformed figures")
-    images = []
-    for width, height in sizes:
-        end = start + 3 * width * height
-        images.append(Image.frombytes("RGB", (width, height), reply[start:end]))
-        start = end
     return images
 
 
@@ -356,10 +356,4 @@ def _is_size(size):
     """Whether a figure can have this width and height."""
     shortest = min(size)
     longest = max(size)
-    thin = longest >= MAX_ASPECT * shortest
-    return shortest > 0 and not thin and shortest * longest <= MAX_PIXELS
-
-
-def warm(count: int, videos: bool = False) -> None:
-    """Have `count` children wait, for inputs with or without videos. Returns at once."""
-    _pool.warm(count, videos)
+    return 0 < shortest and longest < MAX_ASPECT * shortest and shortest * longest <= MAX_PIXELS

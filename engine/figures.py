@@ -14,6 +14,8 @@ What a reader may rely on:
 """
 
 import io
+import math
+import mmap
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -26,6 +28,7 @@ MAX_FIGURES = 32  # of one call
 MAX_PIXELS = 2_000_000  # of one figure
 MAX_CALL_PIXELS = 16_000_000  # of all figures of one call
 KEPT_PIXELS = 250_000  # that every later figure of a call can still have
+DECORD_BYTES = 64 << 20  # that decoding itself may take
 MAX_ASPECT = 200  # image processors refuse images as thin as this
 
 
@@ -184,6 +187,7 @@ def open_video(number, descriptor, frames):
     class VideoReader(decord.VideoReader):
         _handle = None
         _at = 0  # the frame that comes next
+        _bytes = 0  # of a frame, once there was one
 
         def __init__(self):
             pass
@@ -204,10 +208,17 @@ def open_video(number, descriptor, frames):
             if self._at < len(self):
                 frames.append((number, self._at))
             self._at += 1
-            return super().next()
+            _need(self._bytes)
+            frame = super().next()
+            self._bytes = math.prod(frame.shape)
+            return frame
 
         def get_batch(self, indices):
-            frames.extend((number, int(index) % len(self)) for index in indices)
+            wanted = [int(index) % len(self) for index in indices]
+            if len(wanted) > 1 and not self._bytes:
+                self._bytes = math.prod(super().get_batch(wanted[:1]).shape)
+            _need(len(wanted) * self._bytes)
+            frames.extend((number, index) for index in wanted)
             return super().get_batch(indices)
 
         def seek_accurate(self, pos):
@@ -218,3 +229,11 @@ def open_video(number, descriptor, frames):
         __next__ = next
 
     return VideoReader()
+
+
+def _need(size):
+    """MemoryError if there is no room for so many bytes: decord would end the process."""
+    try:
+        mmap.mmap(-1, size + size // 8 + DECORD_BYTES).close()
+    except (OSError, OverflowError):
+        raise MemoryError(f"frames of {size / 1e6:.1f} MB do not fit") from None

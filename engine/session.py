@@ -40,7 +40,7 @@ MAX_FRAMES = 4096  # of videos, reported by one call
 MEMORY = 2 << 30  # bytes that the code may take
 PRINTED_BYTES = 1 << 15  # of printed text that the trainer can read when a call is killed
 HEADER = struct.Struct("<16sI")  # of a message: the id of the call, how many bytes follow
-SIZE = struct.Struct("<I")  # what follows: the length of JSON, JSON, pixels
+JSON_SIZE = struct.Struct("<I")  # what follows: the length of JSON, JSON, pixels
 # Last lines after which there is no value to show.
 NO_VALUE = re.compile(r"print\(.*\)$|[\w.]+\.show\(\)$|[A-Za-z_]\w* *=[^=]")
 OWN_FILE = "<sandbox>"  # the name of our sources in tracebacks, in which they are left out
@@ -107,7 +107,7 @@ class Session:
             "sizes": self.figures.sizes,
         }
         text = json.dumps(reply).encode()
-        self.send(b"".join([SIZE.pack(len(text)), text, *self.figures.pixels]))
+        self.send(b"".join([JSON_SIZE.pack(len(text)), text, *self.figures.pixels]))
 
     def send(self, body: bytes):
         """Write one message to the trainer."""
@@ -236,15 +236,15 @@ def _seed(seed):
 def _traceback(error):
     """A traceback without our own frames and folders, and why what failed cannot work here."""
     trace = traceback.TracebackException(type(error), error, error.__traceback__)
-    files = " ".join(frame.filename for frame in trace.stack)
     trace.stack[:] = [frame for frame in trace.stack if frame.filename != OWN_FILE]
+    full = "".join(trace.format())
     folders = "|".join(re.escape(f"{path}/") for path in sys.path if path)
-    text = re.sub(r"<code \d+>", "<code>", "".join(trace.format()))
+    text = re.sub(r"<code \d+>", "<code>", full)
     text = re.sub(folders, "", text)
     if isinstance(error, MemoryError):
-        text += f"[{MEMORY_REASON}]\n"
+        return f"{text}[{MEMORY_REASON}]\n"
     if isinstance(error, OSError):
         for module, reason in REASONS.items():
-            if f"/{module}/" in files or f"/{module}.py" in files:
+            if re.search(rf'File ".*/{module}(/.*|\.py)",', full):
                 return f"{text}[{reason}]\n"
     return text
