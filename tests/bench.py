@@ -1065,14 +1065,52 @@ def gpu_update(policy, card, prompt: int, reply: int):
 
 
 # ------------------------------------------------------------------------------------------ compare
-# What each bench is asked for, and where its figures stand in what it prints.
+# Where the figures stand in what `step` prints, in this checkout and in older ones.
 OF_STEP = re.compile(r"^((?:generate|update|step), \d turns): here ([\d.]+)")
-OF_SANDBOX = re.compile(r"^(warm pool|cold|print\(1\)|crop and show with PIL): \D*([\d.]+) ms")
-SANDBOX_FIGURES = 4
+# The sandbox has the same interface everywhere, so one program measures it in every checkout.
+SANDBOXES = """
+import json, statistics, time
+from sandbox import Sandbox
+
+def timed(action):
+    begin = time.perf_counter()
+    action()
+    return (time.perf_counter() - begin) * 1e3
+
+def start():
+    boxes.append(Sandbox())
+    boxes[-1].run("print(1)")
+
+def quarter(action, n, pause=0.0):
+    times = []
+    for _ in range(n):
+        time.sleep(pause)
+        times.append(timed(action))
+    return statistics.quantiles(times, n=4)[0]  # a busy machine disturbs the others
+
+boxes = []
+start()
+time.sleep(1)
+figures = {"sandbox, ms to a first result": quarter(start, 31, 0.15)}
+figures["sandbox, ms each of 24 in a row"] = quarter(start, 24)
+box = boxes[0]
+figures["print(1), ms a call"] = quarter(lambda: box.run("print(1)"), 500)
+plot = "plt.imshow([[1, 2], [3, 4]]); plt.show()"
+box.run(plot)
+figures["imshow and show, ms a call"] = quarter(lambda: box.run(plot), 15)
+print(json.dumps(figures))
+"""
 # A bench that finds TRL also measures it, which `compare` does not need.
 WITHOUT_TRL = """
 import runpy, sys
 sys.modules["trl"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# The seconds in metrics.jsonl become CPU seconds of the trainer.
+BY_CPU = """
+import runpy, sys, time
+time.perf_counter = time.process_time
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -1098,13 +1136,13 @@ def compare(other: str, pairs: int, repeats: int, turns: list, steps: int, start
 
 def print_comparison(found: dict):
     """Medians of both, and the median over pairs of this / other."""
-    print(f"{'':28}{'this':>10}{'other':>10}{'ratio':>8}")
+    print(f"{'':34}{'this':>10}{'other':>10}{'ratio':>8}")
     for label in found["this"][0]:
         this = [figures[label] for figures in found["this"]]
         other = [figures[label] for figures in found["other"]]
         ratio = statistics.median(a / b for a, b in zip(this, other, strict=True))
         columns = f"{statistics.median(this):10.3f}{statistics.median(other):10.3f}{ratio:8.2f}"
-        print(f"{label:28}{columns}{'  slower' if ratio > 1.05 else ''}", flush=True)
+        print(f"{label:34}{columns}{'  slower' if ratio > 1.05 else ''}", flush=True)
 
 
 def all_figures(checkout: Path, repeats: int, turns: list, steps: int, start: str) -> dict:
@@ -1112,35 +1150,25 @@ def all_figures(checkout: Path, repeats: int, turns: list, steps: int, start: st
     figures = {}
     if turns:
         asked = ["step", "--repeats", repeats, "--turns", turns[0], *turns]  # the first warms up
-        figures.update(printed(checkout, asked, OF_STEP, 0))
-    figures.update(printed(checkout, ["sandbox"], OF_SANDBOX, SANDBOX_FIGURES))
+        for line in program(checkout, "-c", WITHOUT_TRL, "tests/bench.py", *asked).splitlines():
+            match = OF_STEP.search(line)
+            if match:
+                figures[match[1]] = float(match[2])
+    figures.update(json.loads(program(checkout, "-c", SANDBOXES)))
     if steps:
-        figures["default run, s a step"] = default_step(checkout, start, steps)
+        figures["default run, CPU s a step"] = default_step(checkout, start, steps)
     return figures
 
 
-def printed(checkout: Path, asked: list, pattern, enough: int) -> dict:
-    """The figures that a checkout's own bench prints. enough: end it when it has so many."""
-    command = [sys.executable, "-u", "-c", WITHOUT_TRL, "tests/bench.py", *map(str, asked)]
-    process = subprocess.Popen(
-        command,
-        cwd=checkout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    figures = {}
-    for line in process.stdout:
-        match = pattern.search(line)
-        if match:
-            figures[match[1]] = float(match[2])
-        if enough and len(figures) == enough:
-            process.terminate()
-            break
-    code = process.wait()
-    if code and not enough:
-        raise SystemExit(f"{checkout}: bench.py {asked[0]} ended with code {code}")
-    return figures
+def program(checkout: Path, *arguments) -> str:
+    """Run Python in a checkout, with one thread -> what it prints. It ends this one if it fails."""
+    command = [sys.executable, *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        raise SystemExit(f"{checkout}: ended with code {done.returncode}: {' '.join(last)}")
+    return done.stdout
 
 
 def make_cold_start() -> str:
@@ -1148,13 +1176,15 @@ def make_cold_start() -> str:
     print("making a cold start for the default run (--start FOLDER takes one that is there)")
     folder = tempfile.mkdtemp(prefix="bench-")
     asked = ["--steps", "1", "--eval_every", "0", "--save_every", "0", "--out", f"{folder}/image"]
-    command = [sys.executable, "train.py", *asked]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    program(ROOT, "train.py", *asked)
     return str(next(Path(folder).glob("cold_start*")))
 
 
 def default_step(checkout: Path, start: str, steps: int) -> float:
-    """Median seconds of a step of the default run, from a cold start that both checkouts share."""
+    """Median CPU seconds of a step of the default run, from a cold start that both share.
+
+    Waiting for tools is not in it: the sandbox is measured apart.
+    """
     import train
 
     usual = train.Config()
@@ -1167,13 +1197,7 @@ def default_step(checkout: Path, start: str, steps: int) -> float:
     flags = []
     for name, value in settings.items():
         flags += [f"--{name}", str(value)]
-    subprocess.run(
-        [sys.executable, "train.py", *flags],
-        cwd=checkout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    program(checkout, "-c", BY_CPU, "train.py", *flags)
     rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
     seconds = [row["seconds_rollout"] + row["seconds_update"] for row in rows if row["step"]]
     return statistics.median(seconds[WARM_STEPS:])
