@@ -124,6 +124,7 @@ LEAST = dict(
     lr=0,
 )
 EVAL_BATCH = 64  # held-out samples that run at a time
+SHOWN = 16  # held-out samples that the page follows through training
 
 
 class Run:
@@ -377,6 +378,9 @@ def held_out(run: Run) -> dict:
             done += flat(run.rollout(batch, 1, temperature=temperature))
         run.policy.generator.set_state(undisturbed)
         done = parallel.gather(done)
+        if not kind:
+            same = {sample.id for sample in run.held[:SHOWN]}
+            run.journal.remember(run.step, [t for t in done if t.sample.id in same])
         run.journal.name_unreadable(done)
         metrics[f"eval_accuracy{kind}"] = mean(bool(t.correct) for t in done)
         metrics[f"eval_tool_calls{kind}"] = mean(t.n_tool_calls for t in done)
