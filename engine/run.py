@@ -287,7 +287,7 @@ class Journal:
     def remember(self, step: int, held: list) -> None:
         """Keep how the held-out questions were answered at a step, for the page."""
         if leader():
-            with open(self.out / "heldout.jsonl", "a") as file:
+            with open(self.out / "heldout.jsonl", "a" if step else "w") as file:
                 for index, t in enumerate(held):
                     file.write(json.dumps(record(t, index, 0, step)) + "\n")
 
