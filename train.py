@@ -157,8 +157,7 @@ class Run:
         self.samples = samples
         self.held = held
         self.difficulty = read_difficulty(config.difficulty)
-        template = config.prompt_template
-        self.templates = load_templates(template) if template else None
+        self.templates = load_templates(config.prompt_template)
         self.judge = open_judge(config)
         self.demonstrations = Demonstrations(config.frames)
         self.step = 0

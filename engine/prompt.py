@@ -25,12 +25,14 @@ AGENT_PROMPT = (
 BUILT_IN = {"direct": DIRECT_PROMPT, "image": AGENT_PROMPT, "video": AGENT_PROMPT}
 
 
-def load_templates(path: str | Path) -> dict[str, str]:
+def load_templates(path: str | Path) -> dict[str, str] | None:
     """A JSON object of name -> text with {query}, {width}, {height}, {video_info}, {image_info}.
 
-    Other braces are text, doubled ones are halved. A name is a data_source, or "image", "video" or
+    None without a path. Other braces are text, doubled ones are halved. A name is a data_source, or "image", "video" or
     "direct"; one template alone serves for all. Raises DataError.
     """
+    if not path:
+        return None
     try:
         templates = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         complete = [isinstance(text, str) and "{query}" in text for text in templates.values()]
