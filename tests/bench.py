@@ -1123,7 +1123,7 @@ def compare(other: str, pairs: int, repeats: int, turns: list, steps: int, start
     start: a cold start for the step of the default run; none: it is made here first.
     """
     checkouts = {"this": ROOT, "other": Path(other).resolve()}
-    start = start or make_cold_start()
+    start = str(Path(start or make_cold_start()).resolve())
     found = {"this": [], "other": []}
     for pair in range(pairs):
         order = ["this", "other"] if pair % 2 else ["other", "this"]
