@@ -14,8 +14,9 @@ Shapes: B sequences, T tokens of the longest, A action tokens of all sequences, 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import Action, encode
+from data import Action
 from engine.checkpoint import checkpoint_folder, load_parts, save_policy
+from engine.prompt import encode
 from engine.tiny import write_tiny_policy
 
 __all__ = ["Policy", "load_policy", "save_policy", "tiny_policy"]

@@ -22,8 +22,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from data import Action, DataError, Sample, messages, open_image
+from data import Action, DataError, Sample, open_image
 from engine.blocks import find_code
+from engine.prompt import messages
 from engine.video import uniform_frames
 from model import CLOSING_TAGS
 from reward import advantages, extract_answer
@@ -174,6 +175,7 @@ def rollout(
 
 
 def ongoing(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """Those that have not ended."""
     return [t for t in trajectories if t.end_reason is EndReason.ONGOING]
 
 

@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from data import DataError, load, load_templates
+from data import DataError, load
 from engine import parallel
 from engine.batching import flat, microbatches, share
 from engine.checkpoint import complete, load_state, save_policy, save_state
@@ -33,6 +33,7 @@ from engine.demonstrations import Demonstrations
 from engine.fast import FastPolicy
 from engine.judge import open_judge
 from engine.metrics import mean, measure
+from engine.prompt import load_templates
 from engine.run import Journal, Progress, check, greet, leader, one_line_errors, open_folder, settle
 from model import load_policy
 from reward import score
@@ -123,6 +124,7 @@ LEAST = dict(
     lr=0,
 )
 EVAL_BATCH = 64  # held-out samples that run at a time
+SHOWN = 16  # held-out samples that the page follows through training
 
 
 class Run:
@@ -155,8 +157,7 @@ class Run:
         self.samples = samples
         self.held = held
         self.difficulty = read_difficulty(config.difficulty)
-        template = config.prompt_template
-        self.templates = load_templates(template) if template else None
+        self.templates = load_templates(config.prompt_template)
         self.judge = open_judge(config)
         self.demonstrations = Demonstrations(config.frames)
         self.step = 0
@@ -192,6 +193,7 @@ class Run:
         return groups
 
     def save(self) -> None:
+        """Write a checkpoint, and what --resume needs. All processes call it."""
         progress = dict(step=self.step, position=self.position, rows=self.rows)
         save_state(self.out, self.step, self.policy, self.optimizer, progress, self.config.keep)
 
@@ -375,6 +377,9 @@ def held_out(run: Run) -> dict:
             done += flat(run.rollout(batch, 1, temperature=temperature))
         run.policy.generator.set_state(undisturbed)
         done = parallel.gather(done)
+        if not kind:
+            same = {sample.id for sample in run.held[:SHOWN]}
+            run.journal.remember(run.step, [t for t in done if t.sample.id in same])
         run.journal.name_unreadable(done)
         metrics[f"eval_accuracy{kind}"] = mean(bool(t.correct) for t in done)
         metrics[f"eval_tool_calls{kind}"] = mean(t.n_tool_calls for t in done)

@@ -71,16 +71,19 @@ def varlen_attention(
         out, lse = padded_attention(query, key, value, *bounds, causal, scale)
     else:
         calls = kernel_calls(cu_seq_q, cu_seq_k, used, causal)
-        out, lse = FlashOnCPU.apply(query, key, value, calls, scale)
+        inputs = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out, lse = FlashOnCPU.apply(*inputs, calls, scale)
+        out = out[0].transpose(0, 1)
+        lse = lse[0]
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
 
 def merge(first, second):
-    """Attention to two disjoint sets of keys, (out, log-sum-exp) each -> attention to both."""
+    """Attention to two disjoint sets of keys -> to both. Each is out (…, D) and log-sum-exp (…)."""
     total = torch.logaddexp(first[1], second[1])
-    share = (second[1] - total).exp()  # (H, Tq)
+    share = (second[1] - total).exp()
     share = share.nan_to_num(0.0)  # a query that sees nothing at all: -inf less -inf
-    weight = share.t()[..., None].to(first[0].dtype)
+    weight = share[..., None].to(first[0].dtype)
     return torch.lerp(first[0], second[0], weight), total
 
 
@@ -91,42 +94,43 @@ def kernel_calls(cu_seq_q, cu_seq_k, used, causal):
     It aligns causal attention at the start. A causal sequence with more keys than queries is
     therefore two calls: the keys before its queries, all of which are seen, and its own.
     """
-    bounds = torch.stack([cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], used], 1)
+    starts_q = cu_seq_q[:-1]
+    ends_q = cu_seq_q[1:]
+    starts_k = cu_seq_k[:-1]
+    ends_k = starts_k + used
+    if causal:
+        starts_q = torch.maximum(starts_q, ends_q - used)  # queries before that see no key
+    bounds = torch.stack([starts_q, ends_q, starts_k, ends_k], 1)
     calls = []
-    for start, end, first, count in bounds.tolist():
-        if causal:
-            start = max(start, end - count)  # queries before that see no key
-        middle = first + count - (end - start if causal else 0)
+    for start, end, first, last in bounds.tolist():
+        queries = slice(start, end)
+        middle = last - (end - start) if causal else last
         if start < end and first < middle:
-            calls.append((False, slice(start, end), slice(first, middle)))
-        if start < end and middle < first + count:
-            calls.append((True, slice(start, end), slice(middle, first + count)))
+            calls.append((False, queries, slice(first, middle)))
+        if start < end and middle < last:
+            calls.append((True, queries, slice(middle, last)))
     return calls
-
-
-def heads_first(x):
-    """(T, H, D) -> (1, H, T, D), as the kernel wants it. Nothing is copied."""
-    return x.transpose(0, 1)[None]
 
 
 class FlashOnCPU(torch.autograd.Function):
     """The calls of the kernel, merged where a query is in two of them.
 
-    Its backward wants the output and log-sum-exp over all keys that the queries have seen. Given
-    these, it is exact for each call by itself.
+    Query is (1, H, Tq, D), key and value are (1, Hk, Tk, D). The kernel's backward wants the output
+    and log-sum-exp over all keys that its queries have seen, and is then exact for each call alone.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, calls, scale):
         exact = torch.promote_types(query.dtype, torch.float32)
-        out = query.new_zeros(2, *query.shape)  # of the keys before, and of the causal calls
-        lse = query.new_full((2, *query.shape[1::-1]), -torch.inf, dtype=exact)
+        outs = [torch.zeros_like(query), torch.zeros_like(query)]  # not causal, causal
+        lses = query.new_full((2, *query.shape[:3]), -torch.inf, dtype=exact)
         for causal, queries, keys in calls:
-            inputs = map(heads_first, (query[queries], key[keys], value[keys]))
-            part, part_lse = FLASH(*inputs, 0.0, causal, scale=scale)
-            out[int(causal), queries] = part[0].transpose(0, 1)
-            lse[int(causal), :, queries] = part_lse[0]
-        out, lse = merge((out[0], lse[0]), (out[1], lse[1]))
+            own = query[:, :, queries]
+            seen = (key[:, :, keys], value[:, :, keys])
+            out, lse = FLASH(own, *seen, 0.0, causal, scale=scale)
+            outs[causal][:, :, queries] = out
+            lses[int(causal), :, :, queries] = lse
+        out, lse = merge(*zip(outs, lses, strict=True))
         ctx.calls = calls
         ctx.scale = scale
         ctx.save_for_backward(query, key, value, out, lse)
@@ -138,11 +142,13 @@ class FlashOnCPU(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         grads = [torch.zeros_like(x) for x in (query, key, value)]
         for causal, queries, keys in ctx.calls:
-            given = (grad[queries], query[queries], key[keys], value[keys], out[queries])
-            inputs = (*map(heads_first, given), lse[None, :, queries], 0.0, causal)
-            parts = FLASH_BACKWARD(*inputs, scale=ctx.scale)
-            for whole, place, part in zip(grads, (queries, keys, keys), parts, strict=True):
-                whole[place] += part[0].transpose(0, 1)
+            own = [x[:, :, queries] for x in (grad, query)]
+            seen = [x[:, :, keys] for x in (key, value)]
+            merged = [x[:, :, queries] for x in (out, lse)]
+            parts = FLASH_BACKWARD(*own, *seen, *merged, 0.0, causal, scale=ctx.scale)
+            grads[0][:, :, queries] += parts[0]
+            grads[1][:, :, keys] += parts[1]
+            grads[2][:, :, keys] += parts[2]
         return *grads, None, None
 
 
@@ -160,20 +166,27 @@ def padded_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, used, 
     if causal:
         last = torch.minimum(last, last + 1 - lengths + column[:max_q])
     ahead = column[:max_k] > last[..., None]
-    bias = query.new_zeros(ahead.shape).masked_fill_(ahead, -torch.inf)
+    bias = query.new_zeros(ahead.shape)
+    bias.masked_fill_(ahead, -torch.inf)
     if causal:
         bias = bias.repeat_interleave(shared, 1)
     # The heads that share a key head become queries of it, so that each key is read once.
-    queries = rows(query, cu_seq_q, max_q).unflatten(2, (-1, shared)).transpose(1, 2)
+    queries = rows(query, cu_seq_q, max_q)
+    queries = queries.unflatten(2, (-1, shared)).transpose(1, 2)
     key = rows(key, cu_seq_k, max_k).transpose(1, 2)
     value = rows(value, cu_seq_k, max_k).transpose(1, 2)
     kernel = plain_kernel if query.is_cuda else FLASH
-    seen = kernel(queries.flatten(2, 3), key, value, attn_mask=bias[:, None], scale=scale)
-    out, lse = (x.unflatten(2, (max_q, shared)).transpose(1, 2).flatten(2, 3) for x in seen)
-    lse = lse.masked_fill(last[..., None] < 0, -torch.inf)  # (B, max_q, H)
-    real = (column[:max_q] < lengths).flatten().nonzero()[:, 0]
+    queries = queries.flatten(2, 3)
+    out, lse = kernel(queries, key, value, attn_mask=bias[:, None], scale=scale)
+    out = out.unflatten(2, (max_q, shared)).transpose(1, 2)
+    lse = lse.unflatten(2, (max_q, shared)).transpose(1, 2)  # (B, max_q, Hk, H / Hk)
+    nothing = last[..., None, None] < 0
+    lse = lse.masked_fill(nothing, -torch.inf)
+    real = column[:max_q] < lengths
+    real = real.flatten().nonzero()[:, 0]
     out = out.flatten(0, 1).index_select(0, real)
-    return out, lse.flatten(0, 1).index_select(0, real).t()
+    lse = lse.flatten(0, 1).index_select(0, real)
+    return out.flatten(1, 2), lse.flatten(1, 2).t()
 
 
 def rows(x, cu_seq, length):
@@ -183,10 +196,13 @@ def rows(x, cu_seq, length):
     """
     strides = set(cu_seq.diff().tolist())
     if len(strides) == 1 and max(strides) >= length:
-        return x.unflatten(0, (len(cu_seq) - 1, -1))[:, :length]
-    place = cu_seq[:-1, None] + torch.arange(length, device=x.device)
+        whole = x.unflatten(0, (len(cu_seq) - 1, -1))
+        return whole[:, :length]
+    column = torch.arange(length, device=x.device)
+    place = cu_seq[:-1, None] + column
     place = place.clamp(max=len(x) - 1)
-    return x.index_select(0, place.flatten()).unflatten(0, place.shape)
+    picked = x.index_select(0, place.flatten())
+    return picked.unflatten(0, place.shape)
 
 
 def plain_kernel(query, key, value, attn_mask, scale):
@@ -209,8 +225,11 @@ def packed_attention(
     if packed is None:
         inputs = (module, query, key, value, attention_mask)
         return sdpa_attention_forward(*inputs, scaling=scaling, **kwargs)
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    return packed.attend(module.layer_idx, query, key, value, scaling)[None], None
+    query = query[0].transpose(0, 1)
+    key = key[0].transpose(0, 1)
+    value = value[0].transpose(0, 1)
+    out = packed.attend(module.layer_idx, query, key, value, scaling)
+    return out[None], None
 
 
 AttentionInterface.register("packed", packed_attention)

@@ -87,4 +87,5 @@ def fault(t) -> str:
 
 
 def pixel_bytes(images: list) -> int:
+    """What RGB images take in memory."""
     return sum(3 * image.width * image.height for image in images)

@@ -26,12 +26,12 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.attention.varlen import AuxRequest
 from torch.utils.checkpoint import checkpoint
 
 from data import Action
 from engine.attention import CAUSAL, EVERYTHING, merge, varlen_attention
+from engine.parallel import sharded
 
 HEAD_LOGITS = 2**26  # logits that exist at a time in training: 440 tokens of V = 152k
 FEED_TOKENS = 8_192  # tokens of one forward in generation
@@ -45,7 +45,8 @@ class Lengths:
     def __init__(self, counts: list, device):
         self.counts = counts
         self.longest = max(counts)
-        self.cumulative = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+        bounds = [0, *accumulate(counts)]
+        self.cumulative = torch.tensor(bounds, dtype=torch.int32, device=device)
 
 
 class Cache:
@@ -62,22 +63,23 @@ class Cache:
         capacity = kept[0].shape[1]
         if capacity < longest:
             more = longest - capacity + capacity // 2 + ROOM
-            kept = [F.pad(x, (0, 0, 0, 0, 0, more)) for x in kept]
+            behind = (0, 0, 0, 0, 0, more)
+            kept = [F.pad(x, behind) for x in kept]
             self.layers[layer] = kept
         kept[0][row, slot] = key
         kept[1][row, slot] = value
 
     def look(self, layer, query, queries, rows, used, window, scale):
-        """Sequences of queries (N, H, D), one for each row -> output and log-sum-exp (H, N)."""
+        """Sequences of queries (N, H, D), one a row -> output (H, N, D), log-sum-exp (H, N)."""
         key, value = (kept[rows] for kept in self.layers[layer])
         count, capacity = key.shape[:2]
-        starts = torch.arange(count + 1, dtype=torch.int32, device=query.device) * capacity
-        return varlen_attention(
+        number = torch.arange(count + 1, dtype=torch.int32, device=query.device)
+        out, lse = varlen_attention(
             query,
             key.flatten(0, 1),
             value.flatten(0, 1),
             queries.cumulative,
-            starts,
+            number * capacity,
             queries.longest,
             used.longest,
             return_aux=AuxRequest(lse=True),
@@ -86,14 +88,20 @@ class Cache:
             enable_gqa=True,
             seqused_k=used.cumulative.diff(),
         )
+        return out.transpose(0, 1), lse
 
     def swap(self, a: list, b: list):
         """Exchange the rows a[i] and b[i]."""
         for pair in self.layers.values():
             for kept in pair:
                 kept[a + b] = kept[b + a]
-        for i, j in zip(a, b, strict=True):
-            self.used[i], self.used[j] = self.used[j], self.used[i]
+        swap(self.used, a, b)
+
+
+def swap(items: list, a: list, b: list):
+    """Exchange items[a[i]] and items[b[i]]."""
+    for i, j in zip(a, b, strict=True):
+        items[i], items[j] = items[j], items[i]
 
 
 class Cached:
@@ -102,7 +110,15 @@ class Cached:
     prompts: another cache. The tokens also see its row owner[i], all tokens of a group together.
     """
 
-    def __init__(self, cache, lo: int, counts: list, device, prompts=None, owner=()):
+    def __init__(
+        self,
+        cache: Cache,
+        lo: int,
+        counts: list,
+        device,
+        prompts: Cache | None = None,
+        owner: list = (),
+    ):
         self.cache = cache
         self.prompts = prompts
         self.rows = slice(lo, lo + len(counts))
@@ -113,7 +129,8 @@ class Cached:
         number = torch.arange(len(counts), device=device)
         number = number.repeat_interleave(torch.tensor(counts, device=device))  # (N,)
         first = torch.tensor(before, device=device) - self.queries.cumulative[:-1]
-        self.slot = torch.arange(len(number), device=device) + first[number]
+        order = torch.arange(len(number), device=device)
+        self.slot = order + first[number]
         self.row = number + lo
         if prompts is not None:
             owner = torch.tensor(owner, device=device)[number]
@@ -131,8 +148,8 @@ class Cached:
         if self.prompts is not None:
             theirs = (self.groups, slice(None), self.known, EVERYTHING, scale)
             out, lse = self.prompts.look(layer, query[self.order], *theirs)
-            seen = merge(seen, (out[self.back], lse[:, self.back]))
-        return seen[0]
+            seen = merge(seen, (out[:, self.back], lse[:, self.back]))
+        return seen[0].transpose(0, 1)
 
 
 @dataclass
@@ -147,9 +164,11 @@ class Grouped:
     def attend(self, layer, query, key, value, scale):
         """(N, H, D) and twice (N, Hk, D) -> (N, H, D)."""
         n = sum(self.prompts.counts)
-        gathered = (key.index_select(0, self.index), value.index_select(0, self.index))
-        prompts = causal(query[:n], key[:n], value[:n], self.prompts, self.prompts, scale)
-        replies = causal(query[n:], *gathered, self.replies, self.keys, scale)
+        own = (query[:n], key[:n], value[:n])
+        prompts = causal(*own, self.prompts, self.prompts, scale)
+        key = key.index_select(0, self.index)
+        value = value.index_select(0, self.index)
+        replies = causal(query[n:], key, value, self.replies, self.keys, scale)
         return torch.cat([prompts, replies])
 
 
@@ -179,12 +198,10 @@ class Inputs:
 
     def __init__(self, policy, pieces: list):
         images = [image for piece in pieces for image in piece.images]
-        keys = [(image.size, image.tobytes()) for image in images]
-        pictures = dict(zip(keys, images, strict=True))
-        number = {key: i for i, key in enumerate(pictures)}
-        self.picture = [number[key] for key in keys]
-        self.pixels, self.grid = policy.pixels(list(pictures.values()))
-        grids = self.grid[self.picture].split([len(piece.images) for piece in pieces])
+        pictures, self.picture = distinct(images, pixels_of)
+        self.pixels, self.grid = policy.pixels(pictures)
+        counts = [len(piece.images) for piece in pieces]
+        grids = self.grid[self.picture].split(counts)
         positions = []
         for piece, grid in zip(pieces, grids, strict=True):
             start = piece.after.end if piece.after else piece.start
@@ -196,14 +213,23 @@ class Inputs:
         self.positions = torch.cat(positions, 1).to(policy.device)
 
 
-def by_prompt(trajectories: list):
-    """One trajectory for each distinct prompt; and for each trajectory, which of these it has."""
-    firsts = {}
-    keys = [(id(t.sample), tuple(t.tokens[: t.prompt_length])) for t in trajectories]
-    for key, t in zip(keys, trajectories, strict=True):
-        firsts.setdefault(key, t)
-    number = {key: i for i, key in enumerate(firsts)}
-    return list(firsts.values()), [number[key] for key in keys]
+def distinct(items: list, key):
+    """The items that differ in key(item); and for each item, which of these it equals."""
+    found = {}
+    numbers = []
+    for item in items:
+        number, _ = found.setdefault(key(item), (len(found), item))
+        numbers.append(number)
+    return [item for _, item in found.values()], numbers
+
+
+def prompt_of(t):
+    """What trajectories must have in common to share a prompt."""
+    return id(t.sample), tuple(t.tokens[: t.prompt_length])
+
+
+def pixels_of(image):
+    return image.size, image.tobytes()
 
 
 def chunks(pieces: list):
@@ -237,11 +263,13 @@ def hidden(model, ids, positions, packed, images=None, last=None, vision=False):
         size = 3 * config.temporal_patch_size * config.patch_size**2
         grid = torch.tensor([[1, side, side]])
         blank, deeper = see(model, torch.zeros(side * side, size), grid)
-        nothing = 0.0 * sum(layer[0].sum() for layer in (blank.pooler_output, *deeper))
+        for layer in (blank.pooler_output, *deeper):
+            nothing = nothing + 0.0 * layer[0].sum()
+    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # or a mask is built
     out = model.model(
         input_ids=ids[None],
         position_ids=positions[:, None],
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),  # not used
+        attention_mask=unused,
         mm_encoder_outputs={"image": seen},
         packed=packed,
         use_cache=False,
@@ -268,8 +296,8 @@ def score(model, inputs, packed, select, targets, ban, temperature):
         # FSDP does not want views from a forward, and a sum is none.
         return logprobs.gather(1, targets[:, None]).sum(1), entropy
 
-    vision = isinstance(model, FSDPModule)
-    states = hidden(model, inputs.ids, inputs.positions, packed, inputs, vision=vision)[select]
+    row = (inputs.ids, inputs.positions, packed, inputs)
+    states = hidden(model, *row, vision=sharded(model))[select]
     size = max(1, HEAD_LOGITS // len(ban))
     if len(states) <= size:
         return head(states, targets)  # one chunk: nothing to compute again
@@ -288,7 +316,7 @@ class Row:
     prompt: int  # the row of its prompt in the cache of prompts
     images: int  # that the model has seen
     position: int  # rotary position of the next token
-    turn: int = 0  # place in the call of `act`, and so which random numbers are its own
+    place: int = 0  # in the call of `act`, and so which random numbers are its own
     budget: int = 0  # new tokens that it may have in this call
     action: Action | None = None
 
@@ -307,10 +335,13 @@ class FastPolicy:
         # The two functions above become methods of the model here and nowhere else. FSDP gathers a
         # module's own parameters (embedding, norm, head) only around methods that it knows of.
         policy.model.set_attn_implementation({"text_config": "packed"})
-        for function in (hidden, score):
-            setattr(policy.model, function.__name__, types.MethodType(function, policy.model))
-            if isinstance(policy.model, FSDPModule):
-                register_fsdp_forward_method(policy.model, function.__name__)
+        policy.model.hidden = types.MethodType(hidden, policy.model)
+        policy.model.score = types.MethodType(score, policy.model)
+        if sharded(policy.model):
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(policy.model, "hidden")
+            register_fsdp_forward_method(policy.model, "score")
 
     def __getattr__(self, name):
         return getattr(self.policy, name)
@@ -323,21 +354,22 @@ class FastPolicy:
     @torch.no_grad()
     def act(self, trajectories: list, limits, on_action) -> None:
         """Sample one turn for each trajectory, as Policy.act does."""
-        turns = {id(t): turn for turn, t in enumerate(trajectories)}
-        if turns.keys() - {id(row.trajectory) for row in self.rows}:
+        places = {id(t): place for place, t in enumerate(trajectories)}
+        if places.keys() - {id(row.trajectory) for row in self.rows}:
             self.prefill(trajectories)
-        self.bring_forward([i for i, row in enumerate(self.rows) if id(row.trajectory) in turns])
-        del self.rows[len(turns) :]
+        called = [id(row.trajectory) in places for row in self.rows]
+        self.bring_forward([i for i, here in enumerate(called) if here])
+        del self.rows[len(places) :]
         for row in self.rows:
-            row.turn = turns[id(row.trajectory)]
+            row.place = places[id(row.trajectory)]
             row.budget = limits.new_tokens(row.trajectory)
             row.action = Action([], [])
         logits = self.read()
         live = len(self.rows)
         while live:
-            uniform = torch.rand(len(turns), generator=self.generator, device=self.device)
-            own = uniform[[row.turn for row in self.rows[:live]]]
-            tokens, logprobs = self.policy.sample(logits, limits, own)
+            uniform = torch.rand(len(places), generator=self.generator, device=self.device)
+            own = [row.place for row in self.rows[:live]]
+            tokens, logprobs = self.policy.sample(logits, limits, uniform[own])
             going = self.take(tokens.tolist(), logprobs.tolist(), on_action)
             self.bring_forward(going)
             live = len(going)
@@ -347,8 +379,11 @@ class FastPolicy:
     def prefill(self, trajectories: list):
         """Start a new cache with the prompts, each once for its group."""
         self.forget()
-        firsts, owner = by_prompt(trajectories)
-        pieces = [Piece(t.tokens[: t.prompt_length], t.images[: t.prompt_images]) for t in firsts]
+        firsts, owner = distinct(trajectories, prompt_of)
+        pieces = []
+        for t in firsts:
+            ids = t.tokens[: t.prompt_length]
+            pieces.append(Piece(ids, t.images[: t.prompt_images]))
         self.prompts = Cache(len(firsts))
         self.cache = Cache(len(trajectories))
         self.prompt_logits = self.feed(self.prompts, pieces)  # (P, V)
@@ -362,7 +397,8 @@ class FastPolicy:
         for row, used in zip(self.rows, self.cache.used, strict=False):
             t = row.trajectory
             ids = t.tokens[t.prompt_length + used :]
-            pieces.append(Piece(ids, t.images[row.images :], row.position))
+            images = t.images[row.images :]
+            pieces.append(Piece(ids, images, row.position))
             row.images = len(t.images)
         longer = [i for i, piece in enumerate(pieces) if piece.ids]
         if longer:
@@ -388,8 +424,10 @@ class FastPolicy:
         rows = self.rows[:live]
         owner = [row.prompt for row in rows]
         packed = Cached(self.cache, 0, [1] * live, self.device, self.prompts, owner)
-        ids = torch.tensor([row.action.ids[-1] for row in rows], device=self.device)
-        positions = torch.tensor([row.position for row in rows], device=self.device)
+        ids = [row.action.ids[-1] for row in rows]
+        ids = torch.tensor(ids, device=self.device)
+        positions = [row.position for row in rows]
+        positions = torch.tensor(positions, device=self.device)
         for row in rows:
             row.position += 1
         return self.forward(packed, ids, positions.expand(3, -1))
@@ -403,13 +441,14 @@ class FastPolicy:
     def take(self, tokens: list, logprobs: list, on_action) -> list:
         """Append the sampled tokens to the actions of the first rows; which of these go on."""
         going = []
-        for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+        for i, token in enumerate(tokens):
             row = self.rows[i]
-            row.action.ids.append(token)
-            row.action.logprobs.append(logprob)
-            row.action.complete = self.policy.stops(row.action.ids)
-            if row.action.complete or len(row.action.ids) >= row.budget:
-                on_action(row.trajectory, row.action)
+            action = row.action
+            action.ids.append(token)
+            action.logprobs.append(logprobs[i])
+            action.complete = self.policy.stops(action.ids)
+            if action.complete or len(action.ids) >= row.budget:
+                on_action(row.trajectory, action)
             else:
                 going.append(i)
         return going
@@ -420,8 +459,7 @@ class FastPolicy:
         movers = [i for i in keep if i >= len(keep)]
         if holes:
             self.cache.swap(holes, movers)
-        for a, b in zip(holes, movers, strict=True):
-            self.rows[a], self.rows[b] = self.rows[b], self.rows[a]
+            swap(self.rows, holes, movers)
 
     def logprobs(self, trajectories: list, temperature: float = 1.0):
         """Log-probs (A,) of all action tokens, in order, with gradients; and entropies (A,).
@@ -430,25 +468,32 @@ class FastPolicy:
         That token opens every reply of the group, because it predicts its first token.
         """
         self.forget()
-        firsts, owner = by_prompt(trajectories)
+        firsts, owner = distinct(trajectories, prompt_of)
         prompts, replies = [], []
         for t in firsts:
-            prompts.append(Piece(t.tokens[: t.prompt_length - 1], t.images[: t.prompt_images]))
+            ids = t.tokens[: t.prompt_length - 1]
+            prompts.append(Piece(ids, t.images[: t.prompt_images]))
         for t, prompt in zip(trajectories, owner, strict=True):
             ids = t.tokens[t.prompt_length - 1 : -1]
-            replies.append(Piece(ids, t.images[t.prompt_images :], after=prompts[prompt]))
+            images = t.images[t.prompt_images :]
+            replies.append(Piece(ids, images, after=prompts[prompt]))
         inputs = Inputs(self.policy, prompts + replies)
-        heads, tails = ([len(piece.ids) for piece in part] for part in (prompts, replies))
-        ranges = torch.arange(len(inputs.ids), device=self.device).split(heads + tails)
+        heads = [len(piece.ids) for piece in prompts]
+        tails = [len(piece.ids) for piece in replies]
+        ranges = torch.arange(len(inputs.ids), device=self.device)
+        ranges = ranges.split(heads + tails)
         keys = []
+        totals = []
         for prompt, own in zip(owner, ranges[len(prompts) :], strict=True):
             keys += [ranges[prompt], own]
-        totals = [heads[prompt] + tail for prompt, tail in zip(owner, tails, strict=True)]
+            totals.append(len(ranges[prompt]) + len(own))
         lengths = [Lengths(counts, self.device) for counts in (heads, tails, totals)]
         packed = Grouped(*lengths, torch.cat(keys))
-        sampled = [m for t in trajectories for m in t.action_mask[t.prompt_length :]]
+        sampled, targets = [], []
+        for t in trajectories:
+            sampled += t.action_mask[t.prompt_length :]
+            targets += t.tokens[t.prompt_length :]
         sampled = torch.tensor(sampled, device=self.device)
-        targets = [i for t in trajectories for i in t.tokens[t.prompt_length :]]
         targets = torch.tensor(targets, device=self.device)[sampled]
-        select = sum(heads) + sampled.nonzero()[:, 0]
+        select = sampled.nonzero()[:, 0] + sum(heads)
         return self.model.score(inputs, packed, select, targets, self.ban, temperature)

@@ -76,9 +76,9 @@ different things, speaks of its grading or gives orders."""
         Equal items are asked once.
         """
         keys = [self._key(item) for item in items]
-        unknown = {
-            key: item for key, item in zip(keys, items, strict=True) if key not in self.verdicts
-        }
+        unknown = dict(zip(keys, items, strict=True))
+        for key in self.verdicts.keys() & unknown.keys():
+            del unknown[key]
         self.failed_in_a_row = min(self.failed_in_a_row, self.workers - 1)  # down: tried once more
         longest = (self.client.timeout + self.backoff * 2**self.retries) * self.retries
         rounds = 1 + len(unknown) // self.workers
@@ -101,7 +101,8 @@ different things, speaks of its grading or gives orders."""
         return True
 
     def _key(self, item):
-        return hashlib.sha256(json.dumps([self.RULES, self.model, *item]).encode()).hexdigest()
+        asked = json.dumps([self.RULES, self.model, *item])
+        return hashlib.sha256(asked.encode()).hexdigest()
 
     def _ask(self, key, item):
         """Ask for one verdict, several times if need be, and keep it."""
@@ -140,7 +141,7 @@ different things, speaks of its grading or gives orders."""
         return reply.choices[0].message.content.strip()
 
     def _note(self, error):
-        """Keep what an error is, but not its text, which may quote the key; its HTTP status or 0."""
+        """Keep what an error is, not its text, which may quote the key. Its HTTP status, or 0."""
         status = getattr(getattr(error, "response", None), "status_code", 0)
         self.last_error = f"{type(error).__name__} {status or ''}"
         return status

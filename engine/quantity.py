@@ -33,7 +33,7 @@ PYTHON = {  # plain -> what Python computes with floats, where 9^9^9^9 overflows
 }
 LITERAL = re.compile(r"[+-]?(?:(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.(\d*))?|\.(\d+))")
 RANGE_OR_DATE = re.compile(
-    r"[+-]?[\d.,]+(?:/\d+)?%?(?: ?- ?[\d.,]+(?:/\d+)?%?)+|\d+(?:/\d+){2,}|0\d*/\d+|\d+/0\d*"
+    r"[+-]?[\d.,]+(?:/\d+)?%?(?: ?- ?[+-]?[\d.,]+(?:/\d+)?%?)+|\d+(?:/\d+){2,}|0\d*/\d+|\d+/0\d*"
 )
 BEFORE_NUMBER = {
     r"(?i)^(?:about|around|approximately|roughly|nearly|[~≈]|\\approx) *": "",
@@ -102,7 +102,7 @@ frequency 1 Hz, hertz
 frequency 1000 kHz, kilohertz
 celsius 1 degree C, degree Celsius, C, celsius
 fahrenheit 1 degree F, degree Fahrenheit, F, fahrenheit
-kelvin 1 K, kelvin
+kelvin 1 kelvin
 angle 0.017453292519943295 degree, deg
 angle 1 rad, radian
 percent 1 %
@@ -166,6 +166,19 @@ def _unit(name):
     return UNITS.get(singular) or UNITS.get(singular.lower() if len(name) > 2 else "")
 
 
+def _with_unit(number, unit):
+    """The Quantity in a unit that was left out; a percentage becomes a share."""
+    kind, factor = unit
+    if kind == "percent":
+        number = _share(number)
+    return replace(number, kind=kind, factor=factor)
+
+
+def _share(percentage):
+    decimals = None if percentage.decimals is None else percentage.decimals + 2
+    return replace(percentage, value=percentage.value / 100, decimals=decimals)
+
+
 def in_digits(text: str) -> str:
     """The text with "twenty-five" as 25."""
 
@@ -175,48 +188,44 @@ def in_digits(text: str) -> str:
     return NUMBER_WORD.sub(digits, text)
 
 
+def _number(text):
+    """Quantity without a unit, or None."""
+    literal = LITERAL.fullmatch(text)
+    if literal:
+        return Quantity(Fraction(text.replace(",", "")), len(literal[1] or literal[2] or ""))
+    number = value(text)
+    exact = number is not None and abs(number) < 1e15  # as far as a float tells whole numbers apart
+    return Quantity(Fraction(number)) if exact else None
+
+
 @functools.lru_cache(4096)
 def quantity(text: str, question: str = "") -> Quantity | None:
     """What a text states that is a number with a known unit, or a noun that the question names."""
     text = in_digits(rewrite(_arithmetic(text[:200]), BEFORE_NUMBER)).rstrip(" .")
     found = QUANTITY.fullmatch(text)
-    if not found:
+    number = _number(found["number"]) if found else None
+    if number is None:
         return None
-    literal = LITERAL.fullmatch(found["number"])
-    number = Fraction(literal[0].replace(",", "")) if literal else value(found["number"])
-    slash = SLASH.fullmatch(text)
-    if number is None or slash and str(Fraction(text)) != text:  # 12/6 is a date or a ratio
-        return None
-    if not literal and abs(number) >= 1e15:  # more than a float holds exactly
-        return None
-    decimals = len(literal[1] or literal[2] or "") if literal else None
+    if SLASH.fullmatch(text):
+        improper = number.value >= 1 or DATE.search(question) is not None
+        lowest_terms = str(Fraction(text)) == text  # 12/6 is a date or a ratio
+        return replace(number, doubtful=improper) if lowest_terms else None
     if found["scale"]:
-        number *= _unit(found["scale"])[1]
-        decimals = None
+        number = Quantity(number.value * _unit(found["scale"])[1])
     unit = found["money"] + found["unit"] or ("rad" if "π" in text else "")
-    named = not unit or NOUN.fullmatch(unit) and unit in question.lower()
-    kind, factor = ("", Fraction(1)) if named else _unit(unit) or (None, None)
-    if kind is None:
+    if not unit or NOUN.fullmatch(unit) and unit in question.lower():
+        return number
+    if not _unit(unit):
         return None
-    doubtful = found["unit"] and PRODUCT.fullmatch(text)
-    doubtful = doubtful or slash and (number >= 1 or DATE.search(question))
-    found = Quantity(Fraction(number), decimals, kind, factor, bool(doubtful))
-    return _share(found) if kind == "percent" else found
+    return _with_unit(replace(number, doubtful=PRODUCT.fullmatch(text) is not None), _unit(unit))
 
 
-def _share(percentage):
-    decimals = None if percentage.decimals is None else percentage.decimals + 2
-    return replace(percentage, value=percentage.value / 100, decimals=decimals)
-
-
-def asked(found: Quantity, question: str) -> Quantity:
+def asked(number: Quantity, question: str) -> Quantity:
     """A Quantity without a unit in the one that the question names: "How long, in meters?"."""
-    for match in UNIT_ASKED.finditer(question):
-        if not found.kind and _unit(match[1]):
-            kind, factor = _unit(match[1])
-            found = replace(found, kind=kind, factor=factor)
-            return _share(found) if kind == "percent" else found
-    return found
+    for name in UNIT_ASKED.findall(question):
+        if _unit(name) and not number.kind:
+            return _with_unit(number, _unit(name))
+    return number
 
 
 def close(answer: Quantity, reference: Quantity) -> bool | None:
@@ -239,18 +248,20 @@ def close(answer: Quantity, reference: Quantity) -> bool | None:
 
 def measure(answer: Quantity, reference: Quantity) -> bool | None:
     """Are two Quantities equal? None where that is in doubt."""
-    same = answer.kind == reference.kind
     if answer.doubtful or reference.doubtful:
-        return True if same and answer.value == reference.value else None
-    if same and answer.factor != reference.factor:
+        same = (answer.value, answer.kind) == (reference.value, reference.kind)
+        return same or None
+    if answer.kind == reference.kind:
+        if answer.factor == reference.factor:
+            return close(answer, reference)
         said = answer.value * answer.factor
         wanted = reference.value * reference.factor
-        return True if abs(said - wanted) <= 1e-9 * abs(wanted) else None
-    if answer.kind and reference.kind and not same:
+        return abs(said - wanted) <= 1e-9 * abs(wanted) or None
+    if answer.kind and reference.kind:
         return None
-    if reference.kind == "percent" and not same and answer.value > 1:
-        return close(_share(answer), reference)  # the sign was left out
-    if answer.kind == "percent" and not same and reference.value > 1:
+    if reference.kind == "percent" and answer.value > 1:  # the sign was left out
+        return close(_share(answer), reference)
+    if answer.kind == "percent" and reference.value > 1:
         return None
     return close(answer, reference)
 
@@ -269,13 +280,14 @@ def mean_relative_accuracy(prediction: float, target: float) -> float:
 def near(answer: str, target: Quantity) -> bool:
     """Does an answer state one number, and is its mean relative accuracy at least 0.5?"""
     text = in_digits(tidy(answer))
-    number = quantity(text) or quantity(IS.split(text)[-1])
-    alone = ONE_NUMBER.fullmatch(text)
+    stated = IS.split(text)[-1]
+    number = quantity(text) or quantity(stated)
+    alone = ONE_NUMBER.fullmatch(stated)
     if not number and alone and not AGAINST.search(text):
         number = quantity(alone[1]) or quantity(alone[2])
     if not number:
         return False
-    ratio = 1
+    said = number.value
     if number.kind and target.kind:
-        ratio = number.factor / target.factor if number.kind == target.kind else 0
-    return mean_relative_accuracy(float(number.value * ratio), float(target.value)) >= 0.5
+        said *= number.factor / target.factor if number.kind == target.kind else 0
+    return mean_relative_accuracy(float(said), float(target.value)) >= 0.5

@@ -28,7 +28,7 @@ from data import DataError
 from engine.batching import flat
 from engine.checkpoint import FullDisk
 from engine.flags import parse_flags, stop
-from engine.report import curves, write_report
+from engine.report import curves, record, step_records, write_report
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib", "av")
 WIDTH = 100  # columns of the terminal
@@ -272,9 +272,7 @@ class Journal:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics) + "\n")
             if pictures:
-                curves(self.out / "curves.png", self.rows)
-                step = metrics["step"]
-                write_report(self.out / "rollouts.html", flat(groups), f"Step {step}")
+                self.draw(groups, kept)
             if self.track:
                 self.track(metrics, pictures)
         self.check(kept)
@@ -285,6 +283,27 @@ class Journal:
             if t.error and t.error not in self.unreadable:
                 self.unreadable.add(t.error)
                 say(f"sample {t.sample.id} cannot be read: {t.error:.200}")
+
+    def remember(self, step: int, held: list) -> None:
+        """Keep how the held-out questions were answered at a step, for the page."""
+        if leader():
+            with open(self.out / "heldout.jsonl", "a" if step else "w") as file:
+                for index, t in enumerate(held):
+                    file.write(json.dumps(record(t, index, 0, step)) + "\n")
+
+    def draw(self, groups: list, kept: list) -> None:
+        """curves.png and rollouts.html as they are now."""
+        step = self.rows[-1]["step"]
+        heldout = self.out / "heldout.jsonl"
+        lines = heldout.read_text().splitlines() if heldout.exists() else []
+        history = {}  # a resumed run may have answered again
+        for line in map(json.loads, lines):
+            if line["step"] <= step:
+                history[line["step"], line["id"]] = line
+        records = step_records(groups, kept, step)
+        curves(self.out / "curves.png", self.rows)
+        page = self.out / "rollouts.html"
+        write_report(page, records, f"{self.out.name}, step {step}", list(history.values()))
 
     def check(self, kept: list) -> None:
         """End a run that goes nowhere."""

@@ -44,10 +44,20 @@ AMBIGUOUS = re.compile(r"0\d")  # an id or a time
 MATHS = re.compile(  # digits, operators, brackets, LaTeX commands, names of one or two letters
     r"(?:\\[a-zA-Z]+|\\[{}|]|(?<![a-zA-Z])[a-zA-Z]{1,2}(?![a-zA-Z])|[\d\s+*/^_=<>()\[\]{}|,.!-])+"
 )
-NO_MATHS = re.compile(  # what only looks like it, or has two readings
-    r"\d +[\da-zA-Z](?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z] +[a-zA-Z]|[A-Z]{2}|[a-zA-Z]\d|\d\^\{?\d+\^"
-    r"|^(?![+-]?[\d,]*\.?\d+$)[\d\s.,/-]*$|^[a-zA-Z]{1,2}$|^[a-zA-Z][a-zA-Z]|^[^(\[\\].*,"
-    r"|(?<![a-zA-Z\\])(?:is|or|no|to|in|of|at|on|by|it|an|am|pm|[ckm]m|kg|m[gls])(?![a-zA-Z])"
+NO_MATHS = re.compile(
+    r"""
+    ^(?! [+-]? [\d,]* \.? \d+ $) [\d\s.,/-]* $     # a range, a date, a list
+    | ^[^(\[\\].*,                                # a list without brackets: is its order free?
+    | \d\ +[\da-zA-Z](?![a-zA-Z])                 # "1 2", "5 m"
+    | (?<![\\a-zA-Z])[a-zA-Z]\ +[a-zA-Z]
+    | [A-Z]{2} | \d[A-Z] | [a-zA-Z]\d             # ids and formulas: the order of letters counts
+    | ^[a-zA-Z]{1,2}$ | ^[a-zA-Z][a-zA-Z]          # words
+    | (?<![a-zA-Z\\])(?:is|or|no|to|in|of|at|on|by|it|an|am|pm|st|nd|rd|th)(?![a-zA-Z])
+    | (?<![a-zA-Z\\])(?:[ckm]m|kg|m[gls])(?![a-zA-Z])
+    | \d\^\{?\d+\^                                # a tower of powers
+    | \\(?:sin|cos|tan)\ *[{(]?\d | \\log(?!_)    # of degrees? to which base?
+    """,
+    re.VERBOSE,
 )
 
 

@@ -45,16 +45,18 @@ WORDS = {  # of what is said in words, what is not said
     r"(?i)^(?:it is|it's) ": "",
     r"(?i)(?<!§)\b(?:the|an?) (?=(?!sin|cos|tan|log|ln|exp)[a-z]{2})": "",
     r"(?<=[a-z]{3})[-_](?=[a-z]{3})": " ",
-    r"(?<=\d) (?=[^\W\d])": "",
     r" ?([/=+*^<>]) ?": r"\1",
+    r"(?<=\d) ?(?:-|to|~) ?(?=\d)": " to ",
     r"^ *([\"'`“])(.*)[\"'`”] *$": r"\2",
     r"^[\s,;:]+|(?:(?<=[^\W\d]{3})[!?]|[\s.,;:。])+$": "",
     r"(?<!\d),|,(?!\d{3}\b)": ", ",
     r" +": " ",
     r"^\[([^()\[\],]*)\]$|^\(([^()\[\]]*)\)$": r"\1\2",
 }
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ-"
 MARK = re.compile(
-    r"(?:^|(?<=[\s;,?.:。？：]))(?:[(（\[【]([A-Za-zＡ-Ｚ])[)）\]】]|([A-ZＡ-Ｚ])[.):、．：）])\s*(?=\S)"
+    r"(?:^|(?<=[\s;,?.:。？：]))"
+    r"(?:[(（\[【]([A-Za-zＡ-Ｚ])[)）\]】]|([A-ZＡ-Ｚ])[.):、．：）])\s*(?=\S)"
 )
 END_OF_OPTION = re.compile(r"\n|\W+(?:Please )?[Aa]nswer with")
 NO_OPTION = re.compile(  # "panels (a) and (b)", "Is (a) larger than (b)?", "(a) is red. Is (b)?"
@@ -66,15 +68,17 @@ LETTER = re.compile(  # a capital by itself, but not the article in "A dog", the
     r"|(?:[(\[]|(?i:option|answer|choice) |^)([a-z])(?:[)\].:、]+|$)"
 )
 FILLER = re.compile(
-    r"(?i:\b(?:so|thus|hence|therefore|i|think|believe|choose|pick|select|would|should|must|be|say|go|"
-    r"with|it|is|it's|are|the|an|my|final|correct|best|right|answers?|options?|choices?|letters?|"
-    r"ones?|both|either|or|and)\b)|\ba(?= \w)|[\s.,;:/&()\[\]\"'!、]|答案|选项?|择|是|为"
+    r"(?i:\b(?:so|thus|hence|therefore|i|think|believe|choose|pick|select|would|should|must|"
+    r"be|say|go|with|it|is|it's|are|the|an|my|final|correct|best|right|answers?|options?|choices?|"
+    r"letters?|ones?|both|either|or|and)\b)|\ba(?= \w)|[\s.,;:/&()\[\]\"'!、]|答案|选项?|择|是|为"
 )
 AGAINST = re.compile(
     r"(?i)\b(?:not|no|nor|neither|never|none|without|except|but|cannot|rather|instead|than|unlike|"
-    r"if|unless|whether|wait|actually|sorry|changed?|mistake|wrong|incorrect|false|or|other|different|opposite|un(?:sure|likely))\b|n't|\?"
+    r"if|unless|whether|wait|actually|sorry|changed?|mistake|wrong|incorrect|false|"
+    r"or|other|different|opposite|un(?:sure|likely))\b|n't|\?"
 )
-CLAIM = re.compile(r"(?i)(?:\b(?:answer|choice|option)(?: is|:)|答案[是为:])\s*")
+MORE = re.compile(rf"{AGAINST.pattern}|\band\b")  # "black and white" is not white
+CLAIM = re.compile(r"(?i)(final |最终)?(?:\b(?:answer|choice|option)(?: is|:)|答案[是为:])\s*")
 HEAD = re.compile(r"(?<=[.!;。])\s+|,? (?:because|since|as) |\n")
 
 
@@ -102,26 +106,26 @@ def words(text: str) -> str:
 
 
 def choices(question: str) -> dict[str, str]:
-    """The options a question lists, as "(A) white", "[A] white", "A. white", "A: white" or "A、白".
+    """The options a question lists: "(A) white", "[A] white", "A. white", "A: white", "A、白".
 
     {"A": "white", ...} in the order of the letters; {} where it lists none, also where it only
     speaks of "panels (a) and (b)".
     """
-    runs = []  # of marks A, B, C ...
+    runs = [[]]  # of marks A, B, C ...
     for mark in MARK.finditer(question):
         letter = unicodedata.normalize("NFKC", mark[1] or mark[2]).upper()
         if letter == "A":
             runs.append([])
-        if runs and letter == chr(ord("A") + len(runs[-1])):
+        if letter == LETTERS[len(runs[-1])]:
             runs[-1].append(mark)
     best = {}
     for run in runs:
         ends = [mark.start() for mark in run[1:]] + [len(question)]
-        texts = [question[mark.end() : end] for mark, end in zip(run, ends, strict=True)]
+        texts = [question[mark.end() : end] for mark, end in zip(run, ends, strict=False)]
         texts = [END_OF_OPTION.split(text.strip())[0].strip(" ;,") for text in texts]
-        listed = len(texts) > 1 and not any(NO_OPTION.search(text) for text in texts)
-        if listed and len(texts) >= len(best):
-            best = {chr(ord("A") + k): text for k, text in enumerate(texts)}
+        spoken_of = any(NO_OPTION.search(text) for text in texts)
+        if len(texts) >= max(2, len(best)) and not spoken_of:
+            best = dict(zip(LETTERS, texts, strict=False))
     return best
 
 
@@ -132,9 +136,12 @@ def named(text: str, options: dict[str, str], same) -> set | None:
     is called the answer, or else the beginning; what follows it may only give reasons.
     """
     text = tidy(text)
-    start = max((claim.end() for claim in CLAIM.finditer(text)), default=0)
+    claims = list(CLAIM.finditer(text))
+    start = claims[-1].end() if claims else 0
     before = HEAD.split(text[:start])[-1]
     if AGAINST.search(before) or LETTER.search(before):
+        return None
+    if len(claims) > 1 and not claims[-1][1]:
         return None
     letters = _plainly(text[start:], options, same)
     head, *reasons = HEAD.split(text[start:], maxsplit=1)
@@ -161,13 +168,14 @@ def _plainly(text, options, same):
     phrase = words(marked)
     certain = re.match(r"[(\[]?[A-Z][)\].:、]", text) is not None
     for letter, option in sorted(options.items(), key=lambda item: -len(item[1])):
-        said = rf"(?<![\w.+/^*=§-]){re.escape(words(option))}(?![\w+/^*=-]|[.,]\d)"
-        if option and re.search(said, phrase):
+        wording = words(option)
+        said = rf"(?<![\w.+/^*=§-]){re.escape(wording)}(?![\w+/^*=-]|[.,]\d)"
+        if wording and re.search(said, phrase):
             phrase = re.sub(said, f" §{letter} ", phrase)
             certain = True
     found = set(re.findall("§(.)", phrase))
     rest = FILLER.sub("", re.sub("§.", " ", phrase))
-    if found and (not rest or len(found) == 1 and certain and not AGAINST.search(phrase)):
+    if found and (not rest or len(found) == 1 and certain and not MORE.search(phrase)):
         return found
     if found or not re.fullmatch(r"[a-z ]{3,}", phrase):
         return None if found else set()

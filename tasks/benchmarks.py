@@ -32,7 +32,8 @@ import numpy as np
 from PIL import Image
 
 from data import DataError, Sample
-from reward import MRA_SOURCES, choices, extract_answer, mean_relative_accuracy, value, verify
+from engine.verify import MRA_SOURCES, choices, mean_relative_accuracy, value, verify
+from reward import extract_answer
 
 FLOAT = r"([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)"
 SHORT_ANSWER = r'"short answer"\s*:\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",}]+))'  # in DynaMath's JSON

@@ -70,7 +70,8 @@ import numpy as np
 from numpy.random import default_rng
 from PIL import Image
 
-from data import DataError, Sample, messages
+from data import DataError, Sample
+from engine.prompt import messages
 
 COLOURS = {
     "red": (225, 40, 40),

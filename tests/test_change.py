@@ -33,7 +33,8 @@ train.main()
 """
 SEE_ZOOM = """
 from PIL import Image
-from data import Sample, messages
+from data import Sample
+from engine.prompt import messages
 from sandbox import Sandbox
 picture = Image.new("RGB", (64, 64), "red")
 picture.paste("blue", (44, 28, 52, 36))

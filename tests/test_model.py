@@ -16,10 +16,11 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from data import DataError, Sample, messages
+from data import DataError, Sample
 from engine import attention, fast
 from engine.fast import FastPolicy
 from engine.parallel import full_weights, shard
+from engine.prompt import messages
 from model import Policy, load_policy, save_policy, tiny_policy
 from rollout import Limits, Recital, Trajectory, rollout
 

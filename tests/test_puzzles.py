@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import train
-from data import messages
+from engine.prompt import messages
 from engine.video import uniform_frames
 from model import tiny_policy
 from reward import extract_answer, is_correct

@@ -1,6 +1,6 @@
 """The objective, the update, demonstrations, metrics, what a run leaves, how it ends and goes on.
 
-It ends by signals, kills, a full disk, or numbers that are not finite, and goes on as if it had not.
+It ends by signals, kills, a full disk, or numbers that are not finite. It goes on as if it had not.
 """
 
 import errno
