@@ -85,7 +85,7 @@ def advantages(rewards: list[float], normalize_std: bool = False) -> list[float]
     scale = 1.0
     if normalize_std and len(rewards) > 1:
         scale = np.std(rewards, ddof=1) + 1e-6
-    return [float((value - np.mean(rewards)) / scale) for value in rewards]
+    return [float((one - np.mean(rewards)) / scale) for one in rewards]
 
 
 def score(

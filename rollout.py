@@ -30,8 +30,6 @@ from model import CLOSING_TAGS
 from reward import advantages, extract_answer
 from sandbox import Packed, Sandbox, warm
 
-MAX_PREPARED = 128  # sandboxes made ahead for the next batch, at 5 MiB each
-
 
 @dataclass
 class Limits:
@@ -288,8 +286,9 @@ class Tools:
             self.close(t, wait=failed is not None)
         self.threads.shutdown(wait=failed is not None)
         films = sum(bool(t.sample.videos) for t in self.trajectories)
-        warm(min(MAX_PREPARED, len(self.trajectories) - films), False)
-        warm(min(MAX_PREPARED, films), True)
+        # The next batch's are made ahead, while the policy learns.
+        warm(len(self.trajectories) - films, False)
+        warm(films, True)
 
     def start(self, t: Trajectory, code: str) -> None:
         """Run code in the trajectory's sandbox, in the background."""
