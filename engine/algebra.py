@@ -60,11 +60,11 @@ def _ask(pair):
     """One pair to one worker; None if it died of it."""
     idle = _idle(os.getpid())
     worker = None
-    while idle and worker is None:
-        waiting = idle.pop()
-        if waiting.poll() is None:
-            worker = waiting
-    worker = worker or _start()
+    while worker is None or worker.poll() is not None:  # one may have been killed as it waited
+        try:
+            worker = idle.pop()
+        except IndexError:
+            worker = _start()
     try:
         worker.stdin.write(json.dumps(pair) + "\n")
         worker.stdin.flush()

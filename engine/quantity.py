@@ -113,6 +113,7 @@ pound 1 £, GBP
 yen 1 ¥, yen, JPY
 rupee 1 ₹, rupee, INR
 """
+SCALES = {}  # name -> (scale, how many)
 UNITS = {}  # name in the singular -> (what it measures, how many of the base unit)
 
 
@@ -122,8 +123,9 @@ def _singular(name):
 
 for _line in UNIT_TABLE.strip().splitlines():
     _kind, _factor, _names = _line.split(maxsplit=2)
+    _table = SCALES if _kind == "scale" else UNITS
     for _name in _names.split(", "):
-        UNITS[_singular(_name)] = _kind, Fraction(_factor)
+        _table[_singular(_name)] = _kind, Fraction(_factor)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def value(text: str) -> float | None:
 
 
 def _unit(name):
-    """(what it measures, factor) of a unit or a scale, also in the plural; None if unknown."""
+    """(what it measures, factor) of a unit, also in the plural; None if unknown."""
     singular = _singular(name)
     return UNITS.get(singular) or UNITS.get(singular.lower() if len(name) > 2 else "")
 
@@ -211,7 +213,7 @@ def quantity(text: str, question: str = "") -> Quantity | None:
         lowest_terms = str(Fraction(text)) == text  # 12/6 is a date or a ratio
         return replace(number, doubtful=improper) if lowest_terms else None
     if found["scale"]:
-        number = Quantity(number.value * _unit(found["scale"])[1])
+        number = Quantity(number.value * SCALES[found["scale"]][1])
     unit = found["money"] + found["unit"] or ("rad" if "π" in text else "")
     if not unit or NOUN.fullmatch(unit) and unit in question.lower():
         return number

@@ -40,6 +40,7 @@ PLACE = re.compile(  # the place as what is said, not as a mark of something els
 )
 UNLISTED = re.compile(r"[(\[]?([A-H])(?:[)\].]+ ?([^A-Za-z]*))?")  # "C. 30", with no options listed
 EITHER = re.compile(r"\b(?:or|either)\b|/")
+SCALE = re.compile(r"(?i)\b(?:hundred|thousand|[mbtr]+illion)s?\b")  # "How much, in billions?"
 AMBIGUOUS = re.compile(r"0\d")  # an id or a time
 MATHS = re.compile(  # digits, operators, brackets, LaTeX commands, names of one or two letters
     r"(?:\\[a-zA-Z]+|\\[{}|]|(?<![a-zA-Z])[a-zA-Z]{1,2}(?![a-zA-Z])|[\d\s+*/^_=<>()\[\]{}|,.!-])+"
@@ -71,7 +72,8 @@ def _compare(answer, reference, question=""):
     quantities = [quantity(text, question) for text in pair]
     if None not in quantities:
         said, wanted = quantities
-        return measure(said, asked(wanted, question) if said.kind else wanted)
+        verdict = measure(said, asked(wanted, question) if said.kind else wanted)
+        return verdict or None if SCALE.search(question) else verdict
     places = [PLACE.fullmatch(words(text)) for text in pair]
     if None not in places and words(answer) == places[0][1]:
         return True if places[0][1] == places[1][1] else None
@@ -100,9 +102,9 @@ def _by_rule(answer, sample):
     if not right:
         return _compare(answer, sample.answer, sample.question)
     letters = named(answer, options, _same)
-    if letters is None or len(right) > 1 and EITHER.search(answer):
+    if letters is None or len(right) > 1 and (EITHER.search(answer) or not letters):
         return None
-    if letters or len(right) > 1:
+    if letters:
         return letters == right
     return _compare(answer, options[min(right)], sample.question)
 

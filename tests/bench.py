@@ -125,15 +125,6 @@ THREADS = 8  # that make them
 PREPARED = 32  # that wait, for their memory to be measured
 
 
-def prepared_children():
-    """The module that keeps children ready: WAITING is how many wait at least."""
-    try:
-        from engine import pool
-    except ImportError:
-        import sandbox as pool
-    return pool
-
-
 def descendants(pid: int) -> set:
     """The processes below a process."""
     parents = {}
@@ -199,7 +190,8 @@ def sandbox():
 
 def sandbox_start():
     """First results, with children that wait and without."""
-    pool = prepared_children()
+    from engine import pool
+
     import_for_itself()
     reference = median_ms(import_for_itself, 5)
     print(f"imports for itself: first result after {reference:.0f} ms")
@@ -306,10 +298,10 @@ def sandbox_cycles():
 
 def left_behind() -> dict:
     """Everything that sandboxes could leave."""
-    import sandbox
+    from engine.pool import pool
 
     time.sleep(1)
-    server = sandbox._pool.server.pid
+    server = pool.server.pid
     forking = descendants(server) | {server}
     return dict(
         processes=len(descendants(os.getpid())),
@@ -394,7 +386,8 @@ def picture():
 
 def questions(policy) -> list:
     """Samples whose prompts have PROMPT_TOKENS tokens, the image included."""
-    from data import Sample, messages
+    from data import Sample
+    from engine.prompt import messages
 
     made = []
     for i in range(N_PROMPTS):
@@ -732,7 +725,7 @@ def peer_settings(policy, folder: str):
 
 def peer_rows(sample) -> list[dict]:
     """A sample as TRL's trainer takes it, once for each of its group."""
-    from data import messages
+    from engine.prompt import messages
 
     prompt = []
     for message in messages(sample):
@@ -1123,7 +1116,7 @@ def compare(other: str, pairs: int, repeats: int, turns: list, steps: int, start
     start: a cold start for the step of the default run; none: it is made here first.
     """
     checkouts = {"this": ROOT, "other": Path(other).resolve()}
-    start = start or make_cold_start()
+    start = str(Path(start or make_cold_start()).resolve())
     found = {"this": [], "other": []}
     for pair in range(pairs):
         order = ["this", "other"] if pair % 2 else ["other", "this"]
