@@ -42,9 +42,7 @@ class Limits:
     temperature: float = 1.0  # of sampling; 0 is greedy
     top_p: float = 1.0  # of sampling; the gradient is always of the whole distribution
     top_k: int = 0  # of sampling, 0: all tokens; the gradient is of the whole distribution
-    frames: str = (
-        ""  # N or 1fps: a video's frames in the context and no tool (the uniform baseline)
-    )
+    frames: str = ""  # N or 1fps: a video's frames in the context, no tool (uniform baseline)
     timeout: float = 30.0  # seconds a tool call may take
     unsafe_sandbox: bool = False  # run code without confinement where the system has none
 
