@@ -252,6 +252,16 @@ def load_state(file: Path, policy, optimizer) -> dict:
     return state
 
 
+def state_to_resume(config) -> Path | None:
+    """The newest complete state in --out, which --resume goes on with. Raises DataError."""
+    states = complete(Path(config.out))
+    if states and not config.resume:
+        raise DataError(f"{config.out} holds a run: go on with --resume, or give another --out")
+    if config.resume and not states:
+        raise DataError(f"--resume: no complete checkpoint in {config.out}; start without it")
+    return states[-1] if states else None
+
+
 def complete(out: Path) -> list[Path]:
     """The files state/step_N.pt, oldest first, whose step_N is there too."""
     files = [file for file in out.glob("state/step_*.pt") if (out / file.stem).exists()]

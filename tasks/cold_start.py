@@ -42,14 +42,22 @@ def stages(config, folder: Path):
     """A random tiny policy in `folder`, and (name, settings, samples) of each stage."""
     difficulty = read_difficulty(config.difficulty)
     tiny_policy(folder, corpus(config.task), config.seed)
-    common = dict(stage="sft", model=str(folder), out=str(folder), save_every=0, eval_every=0)
+    common = dict(
+        stage="sft",
+        model=str(folder),
+        out=str(folder),
+        save_every=0,
+        eval_every=0,
+    )
     lessons = dict(
         captions=captions(config.task, 2400, config.seed, **difficulty),
         demonstrations=demonstrations(config.task, 1500, config.seed, **difficulty),
     )
     for name, samples in lessons.items():
         if config.frames:  # no tool: lessons in seeing, then only the right answers
-            seeing = [sample for sample in samples if sample.ability != "call"]
-            samples = [replace(s, turns=[ANSWER.format(s.answer)]) for s in seeing]
+            samples = [s for s in samples if s.ability != "call"]
+            samples = [replace(s, turns=[ANSWER.format(s.answer)]) for s in samples]
+        # A lesson in how to begin ends with its code, and has no answer to compare with.
         samples = [replace(s, answer="") if s.ability == "call" else s for s in samples]
-        yield name, replace(config, **common, **STAGES[name]), samples
+        settings = replace(config, **common, **STAGES[name])
+        yield name, settings, samples
