@@ -26,14 +26,22 @@ from engine import parallel
 from engine.batching import flat
 from engine.checkpoint import checkpoint_folder
 from engine.demonstrations import WHY
+from engine.evaluation import (
+    Lines,
+    as_text,
+    check,
+    newest,
+    read_json,
+    take_folder,
+    write_whole,
+)
 from engine.fast import FastPolicy
 from engine.flags import parse_flags, stop
-from engine.folder import Lines, as_text, newest, read_json, take_folder, write_whole
 from engine.intervals import bootstrap, compare, interval
 from engine.judge import open_judge
 from engine.prompt import load_templates
 from engine.report import record, write_report
-from engine.run import Progress, check, leader, one_line_errors, say
+from engine.run import Progress, leader, one_line_errors, say
 from model import load_policy
 from reward import reward
 from rollout import EndReason, Limits, Trajectory, rollout
@@ -71,20 +79,8 @@ class EvalConfig(Limits):
     judge_model: str = ""  # the judge's model name; the paper's is Qwen2.5-72B-Instruct
     judge_only: bool = False  # ask the judge for every answer: the paper's protocol
     judge_key_file: str = ""  # file with the judge's API key
-    tracker = ""  # no setting, but `check` asks for it
 
 
-EXPECTED = dict(  # regular expressions of what a setting may be
-    task="image|video|image,video|video,image",
-    frames=r"|[1-9]\d*|\d*\.?\d+fps",
-)
-LEAST = dict(
-    questions=1,
-    k=1,
-    max_turns=1,
-    max_new_tokens=1,
-    temperature=0,
-)
 PUZZLES = dict(k=1, temperature=1.0, top_k=0)  # as in their training
 VIDEOS = dict(temperature=0.01, top_k=0)  # the paper's, also where only some rows have a video
 FREE = {  # what may change when an evaluation goes on
@@ -109,7 +105,7 @@ def settle(config: EvalConfig) -> list[Sample]:
     if samples:
         kinds = {"video" if sample.videos else "image" for sample in samples}
         config.task = ",".join(sorted(kinds))
-    check(config, EXPECTED, {})
+    check(config)
     if config.predictions or config.ask:
         config.k = 1
     if not config.predictions:
@@ -132,7 +128,6 @@ def settle(config: EvalConfig) -> list[Sample]:
     for name, value in usual.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    check(config, {}, LEAST)
     load_templates(config.prompt_template)
     difficulty = read_difficulty(config.difficulty)
     try:
@@ -235,7 +230,9 @@ def collect(config: EvalConfig, samples: list[Sample]) -> list[dict]:
     batches = [places[start : start + size] for start in places[::size]]
     todo = [batch for n, batch in enumerate(batches) if done[n] < len(batch) * config.k]
     rounds = range(0, len(todo), parallel.world())
-    progress = None if config.ask else Progress({"evaluation": (len(rounds), 1.0)})
+    progress = None
+    if leader() and not config.ask:
+        progress = Progress({"evaluation": (len(rounds), 1.0)})
     for start in rounds:
         mine = start + parallel.rank()
         lines = []
@@ -270,10 +267,15 @@ def show(t) -> None:
     """Print a trajectory's newest turn: what the policy wrote, then what came back."""
     turn = t.turns[-1]
     title = f" turn {len(t.turns)}, {turn.n_tokens} tokens "
-    say(f"\n{title:-^80}\n{turn.text.strip()}")
+    say(f"\n{title:-^80}\n{printable(turn.text)}")
     if turn.seconds_tool:  # its code ran
-        title = f" came back, {len(turn.images)} figures "
-        say(f"\n{title:-^80}\n{turn.output.strip()}")
+        title = f" came back, figures: {len(turn.images)} "
+        say(f"\n{title:-^80}\n{printable(turn.output)}")
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal: a policy wrote it."""
+    return "".join(x if x.isprintable() or x == "\n" else " " for x in text.strip())
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -339,7 +341,7 @@ def refuse(config: EvalConfig, lines: list[dict]) -> None:
         Path(config.out, "rollouts.jsonl").unlink()  # else the same command would take them as done
         first = lines[0]
         why = first["error"] or WHY[first["end_reason"]]
-        raise DataError(f"no sample could be answered, such as {first['id']}: {why:.200}")
+        raise DataError(f"no sample could be answered, such as {first['id']:.60}: {why!r:.180}")
 
 
 def report(config: EvalConfig, samples: list[Sample], lines: list[dict], judge) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from data import Action, DataError, Sample, open_image
 from engine.blocks import find_code
 from engine.prompt import messages
-from engine.video import uniform_frames
+from engine.video import check_video, uniform_frames
 from model import CLOSING_TAGS
 from reward import advantages, extract_answer
 from sandbox import Packed, Sandbox, warm
@@ -181,6 +181,8 @@ def ask(policy, group, limits, tools, templates) -> None:
     try:
         seconds = None
         images = [open_image(image) for image in sample.images]
+        for path in sample.videos:
+            check_video(path)
         if limits.frames:
             seconds, images = uniform_frames(sample, limits.frames)
         ids = policy.encode(messages(sample, templates, tools, seconds), images)

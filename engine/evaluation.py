@@ -1,7 +1,7 @@
-"""Folders: the newest checkpoint under runs/; whose an evaluation's folder is, and its lines.
+"""What an evaluation stands on: its settings, the newest checkpoint, its folder and lines.
 
-What a reader may rely on: a folder belongs to one set of settings, and to one process group at a
-time. Files are replaced whole. Of rollouts.jsonl, which grows, a kill can only cut the last line,
+What a reader may rely on: a folder belongs to one set of settings, and to one group of processes at
+a time. Files are replaced whole. Of rollouts.jsonl, which grows, a kill can only cut the last line,
 and such a line is dropped.
 """
 
@@ -14,6 +14,23 @@ from pathlib import Path
 from data import DataError
 from engine.run import leader, open_folder, versions
 
+EXPECTED = dict(  # regular expressions of what a setting may be
+    task="image|video|image,video|video,image",
+    frames=r"|[1-9]\d*|\d*\.?\d+fps",
+)
+LEAST = dict(  # of a setting
+    questions=1,
+    k=1,
+    batch_size=1,
+    max_turns=1,
+    max_new_tokens=1,
+    max_context=1,
+    max_images=0,
+    temperature=0,
+    top_p=0.01,
+    top_k=0,
+    timeout=0.1,
+)
 COMPLETE = re.compile(r'"repeat": \d+}$')  # how a line of rollouts.jsonl ends
 
 
@@ -31,6 +48,18 @@ def write_whole(file: Path, text: str) -> None:
     aside = file.with_suffix(".tmp")
     aside.write_text(text, encoding="utf-8")
     aside.replace(file)
+
+
+def check(config) -> None:
+    """Hold settings against what they may be; none is filled in later. Raises DataError."""
+    for name, pattern in EXPECTED.items():
+        value = getattr(config, name)
+        if not re.fullmatch(pattern, value):
+            raise DataError(f"--{name} {value}: expected {pattern}")
+    for name, bound in LEAST.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise DataError(f"--{name} {value}: must be at least {bound}")
 
 
 def newest(task: str, frames: str, any_data: bool) -> str:
@@ -86,7 +115,7 @@ def take_folder(out: str, what: str, settings: dict) -> str:
 class Lines:
     """rollouts.jsonl: a line a finished trajectory, by its place (index, repeat).
 
-    Process 0 reads what an earlier process wrote (not if `fresh`), and alone writes.
+    Process 0 reads what an earlier process wrote (not if `fresh`), and it alone holds and writes.
     """
 
     def __init__(self, file: Path, fresh: bool = False):
@@ -106,8 +135,8 @@ class Lines:
 
     def add(self, lines: list[dict]) -> None:
         """Remember further lines and append them to the file, at once."""
-        self.hold(lines)
         if leader():
+            self.hold(lines)
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(as_text(lines))
 
