@@ -16,6 +16,7 @@ checkouts in turn, so both see the same load. To bind it to one core: `taskset -
 """
 
 import argparse
+import atexit
 import copy
 import dataclasses
 import functools
@@ -24,6 +25,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -91,6 +93,13 @@ def alone(name: str, *arguments):
     if killed or "memory" in done.stderr.lower():
         return None
     raise SystemExit(f"bench.py {name}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def scratch() -> str:
+    """A folder that goes when this process ends."""
+    folder = tempfile.mkdtemp(prefix="bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextmanager
@@ -337,7 +346,7 @@ def learner(hidden: int = 256, layers: int = 4, vocabulary: int = 4160, padded: 
     from tasks.puzzles import corpus
 
     torch.set_num_threads(1)
-    folder = tempfile.mkdtemp(prefix="bench-")
+    folder = scratch()
     policy = tiny_policy(folder, [*corpus("image"), *random_words()], vocabulary=vocabulary)
     config = policy.model.config
     text = dict(
@@ -663,7 +672,7 @@ class Peer:
             def check_argument_for_proper_class(self, *_):
                 pass  # there is no video processor: it wants torchvision
 
-        folder = tempfile.mkdtemp(prefix="bench-")
+        folder = scratch()
         policy.model.save_pretrained(folder)
         tokenizer = copy.deepcopy(policy.tokenizer)
         template = tokenizer.chat_template.replace(*TOOL_ROLE).replace(*TOOL_CALLS)
@@ -783,7 +792,7 @@ def row(rows: int, tokens: int) -> dict:
     from tasks.puzzles import corpus
 
     torch.set_num_threads(1)
-    folder = tempfile.mkdtemp(prefix="bench-")
+    folder = scratch()
     policy = FastPolicy(tiny_policy(folder, corpus("image")))
     reply = tokens - LENGTH_PROMPT
     backward(policy, group_of(2, 64, 64))
@@ -977,7 +986,7 @@ def random_policy(device: str, text: dict, vision: dict):
     from engine.fast import FastPolicy
     from model import Policy, tiny_policy
 
-    tiny = tiny_policy(tempfile.mkdtemp(prefix="bench-"), ["a"] * 3, vocabulary=300)
+    tiny = tiny_policy(scratch(), ["a"] * 3, vocabulary=300)
     names = ("image_token_id", "video_token_id", "vision_start_token_id")
     ids = {name: getattr(tiny.model.config, name) for name in names}
     config = Qwen2_5_VLConfig(**ids, text_config=text, vision_config=vision)
@@ -1167,7 +1176,7 @@ def program(checkout: Path, *arguments) -> str:
 def make_cold_start() -> str:
     """The tiny policy's cold start, as the default run makes it, in a folder of its own."""
     print("making a cold start for the default run (--start FOLDER takes one that is there)")
-    folder = tempfile.mkdtemp(prefix="bench-")
+    folder = scratch()
     asked = ["--steps", "1", "--eval_every", "0", "--save_every", "0", "--out", f"{folder}/image"]
     program(ROOT, "train.py", *asked)
     return str(next(Path(folder).glob("cold_start*")))
@@ -1181,7 +1190,7 @@ def default_step(checkout: Path, start: str, steps: int) -> float:
     import train
 
     usual = train.Config()
-    out = f"{tempfile.mkdtemp(prefix='bench-')}/run"
+    out = f"{scratch()}/run"
     settings = dict(model=start, out=out, steps=steps + WARM_STEPS, eval_every=0, save_every=0)
     for field in dataclasses.fields(usual):
         value = getattr(train.LAPTOP, field.name)
