@@ -845,59 +845,15 @@ ALONE = {"row": row, "head": head}
 
 
 # ------------------------------------------------------------------------------------------- verify
-ANSWERS = 256
 COLOURS = "Which colour is it? (A) red (B) green (C) blue"
-ORDINARY = [  # question, reference, answer: each gets numbers of its own where it has braces
-    (COLOURS, "B", "B"),
-    (COLOURS, "B", "(B) green"),
-    (COLOURS, "B", "red"),
-    ("How many plates are there?", "{0}", "{0}"),
-    ("How many plates are there?", "{0}", "There are {1} plates"),
-    ("What is the price?", "{0}.50", "${0}.5"),
-    ("How long is it?", "{0} cm", "{0} cm"),
-    ("What share is it?", "1/{0}", r"\frac{{1}}{{{0}}}"),
-    ("What share is it?", "{0}%", "{1} %"),
-    ("Solve for x.", "x = {0}", "{0}"),
-    ("Simplify.", r"2\sqrt{{{0}}}", r"\sqrt{{4 \cdot {0}}}"),
-    ("Expand.", "(x+{0})^2", "x^2 + 2*{0}x + {0}^2"),
-    ("Which point is it?", "({0}, {1})", "({0},{1})"),
-    ("What does the sign say?", "exit {0}", "Exit {0}"),
-    ("Which animal is it?", "a black cat", "the black cat"),
-    ("Which animal is it?", "a black cat", "a dog"),
 ]
 
 
 def verify():
-    """Seconds that the rule takes for a batch of ordinary answers: the first batch, later ones."""
-    from reward import score
+    """Milliseconds that the rule takes for a batch of answers: of puzzles, and mathematics."""
+    import bench_verify
 
-    times = []
-    for batch in range(4):
-        trajectories = ordinary_answers(batch)
-        begin = time.perf_counter()
-        score(trajectories)
-        times.append(time.perf_counter() - begin)
-    right = sum(t.correct for t in trajectories)
-    later = statistics.median(times[1:])
-    each = f"{later / ANSWERS * 1e3:.2f} ms an answer"
-    print(f"{ANSWERS} ordinary answers: first {times[0]:.2f} s, later {later:.2f} s, {each}")
-    print(f"{right} of them judged right")
-
-
-def ordinary_answers(batch: int) -> list:
-    """Trajectories with answers to judge, other ones for each batch."""
-    from data import Sample
-    from rollout import Trajectory
-
-    made = []
-    for i in range(ANSWERS):
-        question, reference, answer = ORDINARY[i % len(ORDINARY)]
-        number = 2 + i // len(ORDINARY) + ANSWERS * batch
-        texts = [text.format(number, number + 1) for text in (question, reference, answer)]
-        t = Trajectory(Sample(str(i), texts[0], texts[1]))
-        t.answer = texts[2]
-        made.append(t)
-    return made
+    bench_verify.verify()
 
 
 # ---------------------------------------------------------------------------------------------- gpu
