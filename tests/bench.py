@@ -845,8 +845,6 @@ ALONE = {"row": row, "head": head}
 
 
 # ------------------------------------------------------------------------------------------- verify
-COLOURS = "Which colour is it? (A) red (B) green (C) blue"
-]
 
 
 def verify():
