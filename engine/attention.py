@@ -49,21 +49,9 @@ def varlen_attention(
     With return_aux=AuxRequest(lse=True) also the log-sum-exp (H, Tq) of the scores, in float32.
     seqused_k: how many of each sequence's keys are in use. The window is EVERYTHING or CAUSAL.
     """
+    given = locals()  # the arguments by name, which are also those of torch's function
     if query.is_cuda and query.dtype in HALF:
-        return varlen_attn(
-            query,
-            key,
-            value,
-            cu_seq_q,
-            cu_seq_k,
-            max_q,
-            max_k,
-            return_aux=return_aux,
-            scale=scale,
-            window_size=window_size,
-            enable_gqa=enable_gqa,
-            seqused_k=seqused_k,
-        )
+        return varlen_attn(**given)
     causal = tuple(window_size) == CAUSAL
     used = cu_seq_k.diff() if seqused_k is None else seqused_k
     if query.is_cuda or 0 < max_q * max_k <= SHORT:
@@ -94,17 +82,16 @@ def kernel_calls(cu_seq_q, cu_seq_k, used, causal):
     It aligns causal attention at the start. A causal sequence with more keys than queries is
     therefore two calls: the keys before its queries, all of which are seen, and its own.
     """
-    starts_q = cu_seq_q[:-1]
-    ends_q = cu_seq_q[1:]
-    starts_k = cu_seq_k[:-1]
-    ends_k = starts_k + used
-    if causal:
-        starts_q = torch.maximum(starts_q, ends_q - used)  # queries before that see no key
-    bounds = torch.stack([starts_q, ends_q, starts_k, ends_k], 1)
     calls = []
-    for start, end, first, last in bounds.tolist():
+    starts = cu_seq_q[:-1]
+    ends = cu_seq_q[1:]
+    bounds = torch.stack([starts, ends, cu_seq_k[:-1], used], 1)
+    for start, end, first, count in bounds.tolist():
+        last = middle = first + count
+        if causal:
+            start = max(start, end - count)  # queries before that see no key
+            middle = last - (end - start)
         queries = slice(start, end)
-        middle = last - (end - start) if causal else last
         if start < end and first < middle:
             calls.append((False, queries, slice(first, middle)))
         if start < end and middle < last:
@@ -153,7 +140,18 @@ class FlashOnCPU(torch.autograd.Function):
 
 
 # -------------------------------------------------------- short sequences: one call for all of them
-def padded_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, used, causal, scale):
+def padded_attention(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    used,
+    causal,
+    scale,
+):
     """Sequences padded to (B, H, max_q, D) and (B, Hk, max_k, D), with a mask.
 
     The mask is small where sequences are short, and padding then takes less time than a call for

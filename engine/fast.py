@@ -253,7 +253,7 @@ def hidden(model, ids, positions, packed, images=None, last=None, vision=False):
     seen = None
     nothing = 0.0
     if images is not None and images.pixels is not None:
-        seen, deeper = see(model, images.pixels, images.grid)
+        seen, deeper = see(model, images.pixels, images.grid, ids.device)
         seen.pooler_output = [seen.pooler_output[i] for i in images.picture]
         if deeper:
             seen.deepstack_features = [[layer[i] for i in images.picture] for layer in deeper]
@@ -262,7 +262,7 @@ def hidden(model, ids, positions, packed, images=None, last=None, vision=False):
         side = config.spatial_merge_size
         size = 3 * config.temporal_patch_size * config.patch_size**2
         grid = torch.tensor([[1, side, side]])
-        blank, deeper = see(model, torch.zeros(side * side, size), grid)
+        blank, deeper = see(model, torch.zeros(side * side, size), grid, ids.device)
         for layer in (blank.pooler_output, *deeper):
             nothing = nothing + 0.0 * layer[0].sum()
     unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # or a mask is built
@@ -278,10 +278,10 @@ def hidden(model, ids, positions, packed, images=None, last=None, vision=False):
     return states if last is None else model.lm_head(states[last])
 
 
-def see(model, pixels, grid):
+def see(model, pixels, grid, device):
     """What the vision tower makes of pictures: its output, and (Qwen3-VL) features by layer."""
-    pixels = pixels.to(model.device, model.dtype)
-    seen = model.model.get_image_features(pixels, grid.to(model.device), return_dict=True)
+    pixels = pixels.to(device, model.dtype)
+    seen = model.model.get_image_features(pixels, grid.to(device), return_dict=True)
     return seen, getattr(seen, "deepstack_features", None) or []
 
 
