@@ -46,8 +46,8 @@ from engine.session import HEADER, JSON_SIZE, MAX_FRAMES
 
 KEYS = {"text", "error", "frames", "sizes"}  # of a reply
 warm = _pool.warm  # have some processes ready, while the policy generates
-RESTARTED = """[Restarted: earlier variables, imports and files are lost; the inputs and the figures \
-that were shown are bound again.]
+RESTARTED = """[Restarted: earlier variables, imports and files are lost; the inputs and the \
+figures that were shown are bound again.]
 """
 FEW = errno.EMFILE, errno.ENFILE  # no descriptor is left
 GRACE = 0.25  # seconds from the timeout, which the child ends by itself, to the kill
@@ -354,4 +354,4 @@ def _is_size(size):
     """Whether a figure can have this width and height."""
     shortest = min(size)
     longest = max(size)
-    return 0 < shortest and longest < MAX_ASPECT * shortest and shortest * longest <= MAX_PIXELS
+    return shortest > 0 and longest < MAX_ASPECT * shortest and shortest * longest <= MAX_PIXELS
