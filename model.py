@@ -15,11 +15,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import Action
-from engine.checkpoint import checkpoint_folder, load_parts, save_policy
+from engine.checkpoint import checkpoint_folder, load_parts
+from engine.checkpoint import save_policy as save_policy  # also found here
 from engine.prompt import encode
 from engine.tiny import write_tiny_policy
 
-__all__ = ["Policy", "load_policy", "save_policy", "tiny_policy"]
 CLOSING_TAGS = ("</code>", "</answer>")  # an action ends where one of these is complete
 NEVER = -1e9  # added to the logits of tokens that must not be sampled
 

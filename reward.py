@@ -12,7 +12,7 @@ import numpy as np
 
 from data import Sample
 from engine.judge import Judge
-from engine.verify import (
+from engine.verify import (  # noqa: F401, some are only to be found here, too
     MAX_ANSWER,
     MRA_SOURCES,
     choices,
@@ -21,21 +21,6 @@ from engine.verify import (
     verify,
     verify_batch,
 )
-
-__all__ = [
-    "MAX_ANSWER",
-    "MRA_SOURCES",
-    "Judge",
-    "advantages",
-    "choices",
-    "extract_answer",
-    "is_correct",
-    "mean_relative_accuracy",
-    "reward",
-    "score",
-    "value",
-    "verify",
-]
 
 
 def extract_answer(text: str | None) -> str | None:
@@ -100,7 +85,7 @@ def advantages(rewards: list[float], normalize_std: bool = False) -> list[float]
     scale = 1.0
     if normalize_std and len(rewards) > 1:
         scale = np.std(rewards, ddof=1) + 1e-6
-    return [float((value - np.mean(rewards)) / scale) for value in rewards]
+    return [float((one - np.mean(rewards)) / scale) for one in rewards]
 
 
 def score(

@@ -25,12 +25,10 @@ from dataclasses import dataclass, field, replace
 from data import Action, DataError, Sample, open_image
 from engine.blocks import find_code
 from engine.prompt import messages
-from engine.video import uniform_frames
+from engine.video import check_video, uniform_frames
 from model import CLOSING_TAGS
 from reward import advantages, extract_answer
 from sandbox import Packed, Sandbox, warm
-
-MAX_PREPARED = 128  # sandboxes made ahead for the next batch, at 5 MiB each
 
 
 @dataclass
@@ -44,9 +42,7 @@ class Limits:
     temperature: float = 1.0  # of sampling; 0 is greedy
     top_p: float = 1.0  # of sampling; the gradient is always of the whole distribution
     top_k: int = 0  # of sampling, 0: all tokens; the gradient is of the whole distribution
-    frames: str = (
-        ""  # N or 1fps: a video's frames in the context and no tool (the uniform baseline)
-    )
+    frames: str = ""  # N or 1fps: a video's frames in the context, no tool (uniform baseline)
     timeout: float = 30.0  # seconds a tool call may take
     unsafe_sandbox: bool = False  # run code without confinement where the system has none
 
@@ -185,6 +181,8 @@ def ask(policy, group, limits, tools, templates) -> None:
     try:
         seconds = None
         images = [open_image(image) for image in sample.images]
+        for path in sample.videos:
+            check_video(path)
         if limits.frames:
             seconds, images = uniform_frames(sample, limits.frames)
         ids = policy.encode(messages(sample, templates, tools, seconds), images)
@@ -288,8 +286,9 @@ class Tools:
             self.close(t, wait=failed is not None)
         self.threads.shutdown(wait=failed is not None)
         films = sum(bool(t.sample.videos) for t in self.trajectories)
-        warm(min(MAX_PREPARED, len(self.trajectories) - films), False)
-        warm(min(MAX_PREPARED, films), True)
+        # The next batch's are made ahead, while the policy learns.
+        warm(len(self.trajectories) - films, False)
+        warm(films, True)
 
     def start(self, t: Trajectory, code: str) -> None:
         """Run code in the trajectory's sandbox, in the background."""

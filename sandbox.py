@@ -337,14 +337,12 @@ def _pairs(values, most):
 def _figures(reply, start, sizes):
     """The figures whose pixels begin at `start` and fill the rest of the reply."""
     images = []
-    bytes_left = 3 * MAX_CALL_PIXELS
+    left = 3 * MAX_CALL_PIXELS
     for size in sizes:
-        if not _is_size(size):
-            raise ValueError("its process sent malformed figures")
         length = 3 * size[0] * size[1]
-        bytes_left -= length
-        if bytes_left < 0:
-            raise ValueError("its process sent too many pixels")
+        left -= length
+        if left < 0 or not _is_size(size):
+            raise ValueError("its process sent malformed figures")
         images.append(Image.frombytes("RGB", size, reply[start : start + length]))
         start += length
     if start != len(reply):

@@ -28,7 +28,7 @@ import torch
 from data import DataError, load
 from engine import parallel
 from engine.batching import flat, microbatches, share
-from engine.checkpoint import complete, load_state, save_policy, save_state
+from engine.checkpoint import load_state, save_policy, save_state, state_to_resume
 from engine.demonstrations import Demonstrations
 from engine.fast import FastPolicy
 from engine.judge import open_judge
@@ -106,23 +106,6 @@ LAPTOP = Config(
     timeout=10.0,
     tokens_per_microbatch=2048,
 )
-EXPECTED = dict(  # regular expressions of what a setting may be
-    task="image|video|image,video|video,image",
-    frames=r"|[1-9]\d*|[\d.]+fps",
-)
-LEAST = dict(
-    group_size=2,  # one trajectory has no group's mean to differ from
-    steps=1,
-    batch_size=1,
-    oversample=1,
-    max_turns=1,
-    max_new_tokens=1,
-    minibatches=1,
-    keep=1,
-    tokens_per_microbatch=1,
-    temperature=0.01,
-    lr=0,
-)
 EVAL_BATCH = 64  # held-out samples that run at a time
 SHOWN = 16  # held-out samples that the page follows through training
 
@@ -189,13 +172,25 @@ class Run:
                 templates=self.templates,
                 **changes,
             )
-        score(flat(groups), self.config.tool_reward, self.judge, self.config.judge_only)
+        score(
+            flat(groups),
+            self.config.tool_reward,
+            self.judge,
+            self.config.judge_only,
+        )
         return groups
 
     def save(self) -> None:
         """Write a checkpoint, and what --resume needs. All processes call it."""
         progress = dict(step=self.step, position=self.position, rows=self.rows)
-        save_state(self.out, self.step, self.policy, self.optimizer, progress, self.config.keep)
+        save_state(
+            self.out,
+            self.step,
+            self.policy,
+            self.optimizer,
+            progress,
+            self.config.keep,
+        )
 
 
 # ------------------------------------------------------------------------------------------ collect
@@ -418,7 +413,7 @@ def train(run: Run) -> None:
 def configure(argv: list[str] | None = None) -> Config:
     """Flags -> Config, checked before any model is loaded. Raises DataError."""
     config = settle(Config, argv, LAPTOP)
-    check(config, EXPECTED, LEAST)
+    check(config)
     read_difficulty(config.difficulty)
     if config.slow and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("--slow is for one process")
@@ -440,19 +435,18 @@ def cold_start(config: Config, folder: Path, progress: Progress) -> None:
 
 def begin(config: Config) -> Run:
     """The Run that `train` goes on with, at step 0 or at the newest complete state."""
-    out = Path(config.out)
-    states = complete(out)
-    if states and not config.resume:
-        raise DataError(f"--out {out} holds a run: go on with --resume, or give another --out")
-    if config.resume and not states:
-        raise DataError(f"--resume: no complete checkpoint in {out}; start without --resume")
+    resume = state_to_resume(config)
     samples = load(config.data) if config.data else []
     held = load(config.eval_data) if config.eval_data else []
     if config.stage == "sft" and not any(sample.turns for sample in samples):
         raise DataError("--stage sft needs --data with demonstrations: rows with turns")
     if config.eval_every and not held and not samples:
         held = puzzles(
-            config.task, config.eval_n, config.seed, "heldout", **read_difficulty(config.difficulty)
+            config.task,
+            config.eval_n,
+            config.seed,
+            "heldout",
+            **read_difficulty(config.difficulty),
         )
     parallel.prepare()
     folder = cold_start_folder(config)
@@ -463,7 +457,7 @@ def begin(config: Config) -> Run:
             cold_start(config, folder, progress)
         config.model = str(folder)
     parallel.join()
-    run = Run(config, samples, held, states[-1] if states else None, progress)
+    run = Run(config, samples, held, resume, progress)
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "terminated", True))
     if held and not run.rows:
         run.rows.append(dict(step=0, **held_out(run)))

@@ -64,7 +64,8 @@ SCRATCH = 64 << 20  # bytes in the scratch folder, and of one file
 FILES = 1000  # in the scratch folder
 THREADS = 16
 DESCRIPTORS = 128
-HANDED_OVER = 4  # children of a kind whose descriptors are under way to the trainer
+HANDED_OVER = 1  # children of a kind whose descriptors are under way; the kernel counts per user
+PATIENCE = 2.0  # seconds that nothing can be handed over, until the trainer is told why
 MAPS_READ = 1 << 20  # bytes of the list of a child's mappings; an honest one has a tenth
 WATCH_SECONDS = 0.1
 # Removes a folder at any depth, whatever the modes in it.
@@ -327,6 +328,7 @@ class Nursery:
         self.wanted = 0  # children to be made
         self.waiting = deque()  # (message, descriptors) of children that were made
         self.handed_over = 0  # messages that the trainer has not taken yet
+        self.worked = time.monotonic()  # the last time without a problem
 
     @property
     def pending(self) -> bool:
@@ -336,6 +338,7 @@ class Nursery:
     def listen(self) -> bool:
         """Read the trainer's requests: f, one child more; t, one was taken. False: it is gone."""
         requests = self.control.recv(4096)
+        self.worked = time.monotonic()
         self.wanted += requests.count(b"f")
         self.handed_over -= requests.count(b"t")
         return bool(requests)
@@ -345,16 +348,28 @@ class Nursery:
         try:
             self._hand_over()
             if not self.wanted:
+                self.worked = time.monotonic()
                 return False
             self.waiting.append(self._fork())
             self.wanted -= 1
             self._hand_over()
         except OSError as error:  # no descriptor, no process, no memory: later there may be some
-            if not self.waiting and not self.handed_over:
-                self.waiting.append((json.dumps(f"{type(error).__name__}: {error}"), []))
-                self.wanted -= 1
+            late = time.monotonic() - self.worked > PATIENCE
+            if late and not self.handed_over:
+                self._complain(error)
             return False
+        self.worked = time.monotonic()
         return self.wanted > 0
+
+    def _complain(self, error):
+        """Tell the trainer, instead of a child, why there is none."""
+        reason = f"{type(error).__name__}: {error}"
+        if error.errno in (errno.EMFILE, errno.ETOOMANYREFS):
+            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            reason = f"too many open files of this user for `ulimit -n` {most}: raise the limit"
+        self.control.send(json.dumps(reason).encode())
+        self.handed_over += 1
+        self.worked = time.monotonic()
 
     def _hand_over(self):
         """Send children to the trainer, few at a time: the kernel counts descriptors under way."""

@@ -21,7 +21,7 @@ def measure(groups: list[list], kept: list[list], stage: str, seconds: float) ->
     sampled = flat(groups)
     looked = [looks(t) for t in sampled]
     calls = [t.turns[: t.n_tool_calls] for t in sampled]
-    ended = [t.end_reason.value for t in sampled if t.error is None]
+    ended = [None if t.error else t.end_reason.value for t in sampled]
     generated = [sum(t.action_mask) for t in sampled]
     waits = [turn.seconds_tool for t in sampled for turn in t.turns]
     metrics = dict(
@@ -34,8 +34,8 @@ def measure(groups: list[list], kept: list[list], stage: str, seconds: float) ->
         repeated_calls=mean(repeated(turns) for turns in calls),
         empty_calls=mean(empty(turns) for turns in calls),
         unreadable=mean(t.error is not None for t in sampled),
-        format_errors=ended.count("ERROR_IN_ACTION") / max(1, len(sampled)),
-        turn_limit=ended.count("EXCEED_MAX_TURNS") / max(1, len(sampled)),
+        format_errors=mean(end == "ERROR_IN_ACTION" for end in ended),
+        turn_limit=mean(end == "EXCEED_MAX_TURNS" for end in ended),
         trajectories_trained=len(flat(kept)),
         seconds_rollout=seconds,
         seconds_tool=sum(waits),

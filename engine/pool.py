@@ -37,6 +37,7 @@ from engine.session import PRINTED_BYTES
 
 START = 120  # seconds until a child is there
 WAITING = 4  # children that wait for inputs, at least
+MOST_WAITING = 128  # at 5 MiB each
 READS = """/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /nix/store /usr/share/fonts
 /usr/local/share/fonts /etc/fonts /usr/share/zoneinfo /etc/localtime /etc/alternatives
 /etc/ld.so.cache /dev/null /dev/zero /dev/random /dev/urandom"""
@@ -155,9 +156,12 @@ class Pool:
         self.waiting = [0, 0]  # children that wait or are being made
 
     def warm(self, count: int, videos: bool = False) -> None:
-        """Have `count` children wait, for inputs with or without videos. Returns at once."""
+        """Have `count` children wait, at most MOST_WAITING. Returns at once.
+
+        videos: for inputs with videos or without.
+        """
         with suppress(OSError):  # whoever takes one is told
-            self._ask(count, videos)
+            self._ask(min(count, MOST_WAITING), videos)
 
     def take(self, videos: bool) -> Child:
         """A child that waited. OSError, EOFError, ValueError: why there is none."""

@@ -11,7 +11,9 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
+import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -83,25 +85,39 @@ def seconds(time) -> float:
 def crops(code: str | None, images: list) -> list:
     """For each figure of a call the box of image_clue_0 that it shows, or None where unknown.
 
-    The boxes are those of the code's literal `image_clue_0.crop((left, upper, right, lower))`; one
-    is believed where there are as many as figures, and the figure has the box's proportions.
+    The boxes are those of the code's literal `image_clue_0.crop((left, upper, right, lower))`, in
+    the order in which they are written. They are believed where there are as many as figures, and
+    a figure has its box's proportions or was drawn by imshow, which gives it others.
     """
+    code = code or ""
     try:
-        nodes = list(ast.walk(ast.parse(code or "")))
+        with warnings.catch_warnings():  # Python has some to say about odd code
+            warnings.simplefilter("ignore")
+            nodes = list(ast.walk(ast.parse(code)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         nodes = []
     calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
     boxes = []
-    for call in calls:
-        if ast.unparse(call.func) == "image_clue_0.crop":
-            try:
-                left, upper, right, lower = map(float, ast.literal_eval(call.args[0]))
-            except (ValueError, TypeError):
-                continue
-            boxes.append((left, upper, right, lower))
+    for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset)):
+        match call.func:
+            case ast.Attribute(ast.Name("image_clue_0"), "crop"):
+                boxes.append(literal_box(call.args[0]))
     if len(boxes) != len(images):
         return [None] * len(images)
-    return [box if fits(box, image) else None for box, image in zip(boxes, images, strict=True)]
+    drawn = "imshow" in code
+    pairs = zip(boxes, images, strict=True)
+    return [box if box and (drawn or fits(box, image)) else None for box, image in pairs]
+
+
+def literal_box(node: ast.expr) -> tuple | None:
+    """The four numbers that code names a box by; None for variables, and for no box at all."""
+    try:
+        left, upper, right, lower = map(float, ast.literal_eval(node))
+    except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    wide = math.isfinite(left) and left < right < math.inf
+    high = math.isfinite(upper) and upper < lower < math.inf
+    return (left, upper, right, lower) if wide and high else None
 
 
 def fits(box: tuple, image: Image.Image) -> bool:
@@ -109,7 +125,7 @@ def fits(box: tuple, image: Image.Image) -> bool:
     left, upper, right, lower = box
     wide = (right - left) * image.height
     high = (lower - upper) * image.width
-    return wide > 0 and abs(wide - high) < 0.05 * wide
+    return abs(wide - high) < 0.05 * wide
 
 
 def record(t, index: int = 0, repeat: int = 0, step: int | None = None, fate: str = "") -> dict:
@@ -218,7 +234,8 @@ def curves(path: Path, rows: list[dict]) -> None:
             label = key.replace("_", " ")
             axis.plot(*zip(*points, strict=True), style, ms=4, lw=1, label=label)
         axis.set(xlabel="step", title=name.replace("_", " "))
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     figure.savefig(path, dpi=110)

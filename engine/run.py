@@ -42,6 +42,23 @@ SHOWN = dict(  # what one wants to see of a step, by stage, and what it is calle
     ),
     sft=dict(loss="loss", demonstrations_skipped="skipped"),
 )
+EXPECTED = dict(  # regular expressions of what a setting may be
+    task="image|video|image,video|video,image",
+    frames=r"|[1-9]\d*|[\d.]+fps",
+)
+LEAST = dict(  # of a setting
+    group_size=2,  # one trajectory has no group's mean to differ from
+    steps=1,
+    batch_size=1,
+    oversample=1,
+    max_turns=1,
+    max_new_tokens=1,
+    minibatches=1,
+    keep=1,
+    tokens_per_microbatch=1,
+    temperature=0.01,
+    lr=0,
+)
 LOCKS = []  # open files: a lock is held as long as its file is open
 
 
@@ -139,13 +156,13 @@ def earlier(cls: type, out: Path):
     return cls(**{**known, "out": str(out), "resume": True})
 
 
-def check(config, expected: dict, least: dict) -> None:
-    """Hold settings against regular expressions and lower bounds. Raises DataError."""
-    for name, pattern in expected.items():
+def check(config) -> None:
+    """Hold a run's settings against what they may be. Raises DataError."""
+    for name, pattern in EXPECTED.items():
         value = getattr(config, name)
         if not re.fullmatch(pattern, value):
             raise DataError(f"--{name} {value}: expected {pattern}")
-    for name, bound in least.items():
+    for name, bound in LEAST.items():
         value = getattr(config, name)
         if not value >= bound:
             raise DataError(f"--{name} {value}: must be at least {bound}")

@@ -42,7 +42,7 @@ PRINTED_BYTES = 1 << 15  # of printed text that the trainer can read when a call
 HEADER = struct.Struct("<16sI")  # of a message: the id of the call, how many bytes follow
 JSON_SIZE = struct.Struct("<I")  # what follows: the length of JSON, JSON, pixels
 # Last lines after which there is no value to show.
-NO_VALUE = re.compile(r"print\(.*\)$|[\w.]+\.show\(\)$|[A-Za-z_]\w* *=[^=]")
+NO_VALUE = re.compile(r"print\(.*\)$|.*\.show\(\)$|[A-Za-z_]\w* *=[^=]")
 OWN_FILE = "<sandbox>"  # the name of our sources in tracebacks, in which they are left out
 
 REASONS = {

@@ -7,6 +7,8 @@ turn are what makes a laptop fast enough. An image becomes four tokens of 28 x 2
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from engine.checkpoint import quiet
+
 CHAT_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}\
 <|im_start|>system
 You are a helpful assistant.<|im_end|>
@@ -80,6 +82,8 @@ def write_tiny_policy(folder, texts: list[str], seed: int, vocabulary: int) -> N
         vision_config=vision,
     )
     torch.manual_seed(seed)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    with quiet():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56).save_pretrained(folder)

@@ -7,11 +7,12 @@ that cannot be read.
 """
 
 import functools
+import os
 
 import numpy as np
 from PIL import Image
 
-from data import Sample, open_image, open_video, video_info
+from data import DataError, Sample, open_image, open_video, video_info
 
 
 @functools.lru_cache(maxsize=256)
@@ -21,6 +22,25 @@ def frame_times(path: str) -> np.ndarray:
         numbers = list(range(len(reader)))
         times = reader.get_frame_timestamp(numbers)  # (frames, 2): start and end
     return times[:, 0]
+
+
+def check_video(path: str) -> None:
+    """Raises DataError for a video that vanished, or broke, after `load` had read it.
+
+    What `video_info` and `frame_times` remember of a video does not notice.
+    """
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    _decode_first(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _decode_first(path, size, changed):
+    """Decode the first frame, once for each state that the file is in."""
+    with open_video(path) as reader:
+        reader.next()
 
 
 def duration(path: str) -> float:

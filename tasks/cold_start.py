@@ -16,6 +16,7 @@ STAGES = dict(  # settings of train.Config, by the stage's name
     captions=dict(steps=80, batch_size=96, lr=3e-3),
     demonstrations=dict(steps=140, batch_size=32, lr=2.5e-3),
 )
+LESSONS = dict(captions=(captions, 2400), demonstrations=(demonstrations, 1500))
 SECONDS = dict(captions=0.3, demonstrations=0.4, rl=2.0, sft=1.0)  # about, a step of each
 
 
@@ -42,14 +43,19 @@ def stages(config, folder: Path):
     """A random tiny policy in `folder`, and (name, settings, samples) of each stage."""
     difficulty = read_difficulty(config.difficulty)
     tiny_policy(folder, corpus(config.task), config.seed)
-    common = dict(stage="sft", model=str(folder), out=str(folder), save_every=0, eval_every=0)
-    lessons = dict(
-        captions=captions(config.task, 2400, config.seed, **difficulty),
-        demonstrations=demonstrations(config.task, 1500, config.seed, **difficulty),
+    common = dict(
+        stage="sft",
+        model=str(folder),
+        out=str(folder),
+        save_every=0,
+        eval_every=0,
     )
-    for name, samples in lessons.items():
+    for name, settings in STAGES.items():
+        make, number = LESSONS[name]
+        samples = make(config.task, number, config.seed, **difficulty)
         if config.frames:  # no tool: lessons in seeing, then only the right answers
-            seeing = [sample for sample in samples if sample.ability != "call"]
-            samples = [replace(s, turns=[ANSWER.format(s.answer)]) for s in seeing]
+            samples = [s for s in samples if s.ability != "call"]
+            samples = [replace(s, turns=[ANSWER.format(s.answer)]) for s in samples]
+        # A lesson in how to begin ends with its code, and has no answer to compare with.
         samples = [replace(s, answer="") if s.ability == "call" else s for s in samples]
-        yield name, replace(config, **common, **STAGES[name]), samples
+        yield name, replace(config, **common, **settings), samples

@@ -16,6 +16,7 @@ checkouts in turn, so both see the same load. To bind it to one core: `taskset -
 """
 
 import argparse
+import atexit
 import copy
 import dataclasses
 import functools
@@ -24,6 +25,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -91,6 +93,13 @@ def alone(name: str, *arguments):
     if killed or "memory" in done.stderr.lower():
         return None
     raise SystemExit(f"bench.py {name}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def scratch() -> str:
+    """A folder that goes when this process ends."""
+    folder = tempfile.mkdtemp(prefix="bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextmanager
@@ -337,7 +346,7 @@ def learner(hidden: int = 256, layers: int = 4, vocabulary: int = 4160, padded: 
     from tasks.puzzles import corpus
 
     torch.set_num_threads(1)
-    folder = tempfile.mkdtemp(prefix="bench-")
+    folder = scratch()
     policy = tiny_policy(folder, [*corpus("image"), *random_words()], vocabulary=vocabulary)
     config = policy.model.config
     text = dict(
@@ -663,7 +672,7 @@ class Peer:
             def check_argument_for_proper_class(self, *_):
                 pass  # there is no video processor: it wants torchvision
 
-        folder = tempfile.mkdtemp(prefix="bench-")
+        folder = scratch()
         policy.model.save_pretrained(folder)
         tokenizer = copy.deepcopy(policy.tokenizer)
         template = tokenizer.chat_template.replace(*TOOL_ROLE).replace(*TOOL_CALLS)
@@ -783,7 +792,7 @@ def row(rows: int, tokens: int) -> dict:
     from tasks.puzzles import corpus
 
     torch.set_num_threads(1)
-    folder = tempfile.mkdtemp(prefix="bench-")
+    folder = scratch()
     policy = FastPolicy(tiny_policy(folder, corpus("image")))
     reply = tokens - LENGTH_PROMPT
     backward(policy, group_of(2, 64, 64))
@@ -836,59 +845,13 @@ ALONE = {"row": row, "head": head}
 
 
 # ------------------------------------------------------------------------------------------- verify
-ANSWERS = 256
-COLOURS = "Which colour is it? (A) red (B) green (C) blue"
-ORDINARY = [  # question, reference, answer: each gets numbers of its own where it has braces
-    (COLOURS, "B", "B"),
-    (COLOURS, "B", "(B) green"),
-    (COLOURS, "B", "red"),
-    ("How many plates are there?", "{0}", "{0}"),
-    ("How many plates are there?", "{0}", "There are {1} plates"),
-    ("What is the price?", "{0}.50", "${0}.5"),
-    ("How long is it?", "{0} cm", "{0} cm"),
-    ("What share is it?", "1/{0}", r"\frac{{1}}{{{0}}}"),
-    ("What share is it?", "{0}%", "{1} %"),
-    ("Solve for x.", "x = {0}", "{0}"),
-    ("Simplify.", r"2\sqrt{{{0}}}", r"\sqrt{{4 \cdot {0}}}"),
-    ("Expand.", "(x+{0})^2", "x^2 + 2*{0}x + {0}^2"),
-    ("Which point is it?", "({0}, {1})", "({0},{1})"),
-    ("What does the sign say?", "exit {0}", "Exit {0}"),
-    ("Which animal is it?", "a black cat", "the black cat"),
-    ("Which animal is it?", "a black cat", "a dog"),
-]
 
 
 def verify():
-    """Seconds that the rule takes for a batch of ordinary answers: the first batch, later ones."""
-    from reward import score
+    """Milliseconds that the rule takes for a batch of answers: of puzzles, and mathematics."""
+    import bench_verify
 
-    times = []
-    for batch in range(4):
-        trajectories = ordinary_answers(batch)
-        begin = time.perf_counter()
-        score(trajectories)
-        times.append(time.perf_counter() - begin)
-    right = sum(t.correct for t in trajectories)
-    later = statistics.median(times[1:])
-    each = f"{later / ANSWERS * 1e3:.2f} ms an answer"
-    print(f"{ANSWERS} ordinary answers: first {times[0]:.2f} s, later {later:.2f} s, {each}")
-    print(f"{right} of them judged right")
-
-
-def ordinary_answers(batch: int) -> list:
-    """Trajectories with answers to judge, other ones for each batch."""
-    from data import Sample
-    from rollout import Trajectory
-
-    made = []
-    for i in range(ANSWERS):
-        question, reference, answer = ORDINARY[i % len(ORDINARY)]
-        number = 2 + i // len(ORDINARY) + ANSWERS * batch
-        texts = [text.format(number, number + 1) for text in (question, reference, answer)]
-        t = Trajectory(Sample(str(i), texts[0], texts[1]))
-        t.answer = texts[2]
-        made.append(t)
-    return made
+    bench_verify.verify()
 
 
 # ---------------------------------------------------------------------------------------------- gpu
@@ -977,7 +940,7 @@ def random_policy(device: str, text: dict, vision: dict):
     from engine.fast import FastPolicy
     from model import Policy, tiny_policy
 
-    tiny = tiny_policy(tempfile.mkdtemp(prefix="bench-"), ["a"] * 3, vocabulary=300)
+    tiny = tiny_policy(scratch(), ["a"] * 3, vocabulary=300)
     names = ("image_token_id", "video_token_id", "vision_start_token_id")
     ids = {name: getattr(tiny.model.config, name) for name in names}
     config = Qwen2_5_VLConfig(**ids, text_config=text, vision_config=vision)
@@ -1167,7 +1130,7 @@ def program(checkout: Path, *arguments) -> str:
 def make_cold_start() -> str:
     """The tiny policy's cold start, as the default run makes it, in a folder of its own."""
     print("making a cold start for the default run (--start FOLDER takes one that is there)")
-    folder = tempfile.mkdtemp(prefix="bench-")
+    folder = scratch()
     asked = ["--steps", "1", "--eval_every", "0", "--save_every", "0", "--out", f"{folder}/image"]
     program(ROOT, "train.py", *asked)
     return str(next(Path(folder).glob("cold_start*")))
@@ -1181,7 +1144,7 @@ def default_step(checkout: Path, start: str, steps: int) -> float:
     import train
 
     usual = train.Config()
-    out = f"{tempfile.mkdtemp(prefix='bench-')}/run"
+    out = f"{scratch()}/run"
     settings = dict(model=start, out=out, steps=steps + WARM_STEPS, eval_every=0, save_every=0)
     for field in dataclasses.fields(usual):
         value = getattr(train.LAPTOP, field.name)

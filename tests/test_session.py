@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from test_sandbox import VIDEO, box, eventually, fresh, needs_video  # noqa: F401
+from test_sandbox import VIDEO, box, elsewhere, eventually, fresh, needs_video  # noqa: F401
 
 from engine import figures, session
 from sandbox import Result, Sandbox
@@ -386,3 +386,19 @@ def test_context_manager_and_result_are_as_documented():
         result = one.run("print(image_clue_0.size)")
     assert result == Result("(4, 3)\n", [], None, [])
     assert eventually(lambda: one.closed) and np.array_equal(result.images, [])
+
+
+# ---- elsewhere
+
+EVERYWHERE = [
+    test_text_before_a_timeout_is_kept_when_c_code_holds_on,
+    test_after_a_restart_all_is_bound_again,
+    test_a_seed_decides_the_random_numbers_also_after_a_restart,
+    test_too_many_frames_are_an_error_that_names_the_limit,
+    test_what_cannot_work_says_why,
+    test_cv2_shows_and_reads_png,
+]
+
+
+def test_code_meets_the_same_elsewhere(tmp_path):
+    elsewhere(tmp_path, [f"{__file__}::{test.__name__}" for test in EVERYWHERE])
