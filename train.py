@@ -158,7 +158,7 @@ class Run:
         progress = progress or Progress({part: (config.steps, 1.0)})
         self.journal = Journal(config, progress, part, self.rows)
 
-    def due(self, every: int) -> bool:
+    def due(self, every: int):
         """Is something due that happens every so many steps, and at the end?"""
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
