@@ -120,7 +120,7 @@ def interrupted(*_) -> None:
 
     So the process ends here. Its sandboxes end with it, and checkpoints are complete or absent.
     """
-    os.write(2, b"stopped; the same command with --resume goes on from the last checkpoint\n")
+    os.write(2, b"stopped; the same command goes on (train.py: with --resume)\n")
     os._exit(130)
 
 
