@@ -173,12 +173,13 @@ class Run:
                 templates=self.templates,
                 **changes,
             )
-        score(
+        counts = score(
             flat(groups),
             self.config.tool_reward,
             self.judge,
             self.config.judge_only,
         )
+        self.journal.judged.update(counts)
         return groups
 
     def save(self):
@@ -400,7 +401,8 @@ def train(run: Run):
         updated = time.perf_counter()
         run.step += 1
         metrics = dict(step=run.step, **counts, **losses)
-        metrics.update(measure(groups, kept, config.stage, collected - began))
+        judged = run.journal.judged
+        metrics.update(measure(groups, kept, config.stage, collected - began, judged))
         metrics.update(seconds_update=updated - collected)
         if run.held and run.due(config.eval_every):
             metrics.update(held_out(run))
