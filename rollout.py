@@ -41,7 +41,8 @@ class Limits:
     temperature: float = 1.0  # of sampling; 0 is greedy
     top_p: float = 1.0  # of sampling; the gradient is always of the whole distribution
     top_k: int = 0  # of sampling, 0: all tokens; the gradient is of the whole distribution
-    frames: str = ""  # N or 1fps: a video's frames in the context, no tool (uniform baseline)
+    frames: str = ""  # N or 1fps: a video's frames in the context, and no tool (the baseline)
+    prelude: str = ""  # file of Python: functions of your own that the code can call
     timeout: float = 30.0  # seconds a tool call may take
     unsafe_sandbox: bool = False  # run code without confinement where the system has none
 
@@ -188,7 +189,7 @@ def ask(policy, group, limits, tools, templates):
             check_video(path)
         if limits.frames:
             seconds, images = uniform_frames(sample, limits.frames)
-        ids = policy.encode(messages(sample, templates, tools, seconds), images)
+        ids = policy.encode(messages(sample, templates, tools, seconds, limits.prelude), images)
     except DataError as error:
         for t in group:
             t.fail(error)
@@ -264,7 +265,11 @@ class Tools:
 
     def __init__(self, trajectories: list[Trajectory], limits: Limits, seed: int):
         self.trajectories = trajectories if limits.max_turns > 1 else []
-        self.settings = dict(timeout=limits.timeout, unsafe=limits.unsafe_sandbox)
+        self.settings = dict(
+            timeout=limits.timeout,
+            unsafe=limits.unsafe_sandbox,
+            prelude=limits.prelude,
+        )
         self.seed = seed
         self.threads = ThreadPoolExecutor(16)
         self.boxes = {}  # trajectory -> future of its Sandbox
@@ -279,8 +284,9 @@ class Tools:
                 packed[group] = Packed(t.images)
             seed = zlib.crc32(f"{self.seed} {t.sample.id} {place[group]}".encode())
             place[group] += 1
-            settings = dict(self.settings, seed=seed)
-            future = self.threads.submit(Sandbox, packed[group], t.sample.videos, **settings)
+            future = self.threads.submit(
+                Sandbox, packed[group], t.sample.videos, seed=seed, **self.settings
+            )
             self.boxes[t] = future
         return self
 

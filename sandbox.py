@@ -42,6 +42,7 @@ import data
 from engine.figures import MAX_ASPECT, MAX_CALL_PIXELS, MAX_FIGURES, MAX_PIXELS
 from engine.pool import START, WAITING, too_few_descriptors
 from engine.pool import pool as _pool
+from engine.prelude import read_prelude
 from engine.session import HEADER, JSON_SIZE, MAX_FRAMES
 
 KEYS = {"text", "error", "frames", "sizes"}  # of a reply
@@ -97,8 +98,9 @@ class Sandbox(AbstractContextManager):
     timeout: seconds of wall time for one call
     output_limit: characters of text of one call
     seed: of the random numbers that the code draws by `random` and numpy; None: of its own
-    Raises SandboxError where the kernel lacks Landlock or seccomp, unless `unsafe`, and OSError
-    for a video that cannot be opened.
+    prelude: path of code that runs first, also after a restart: functions for the code to call
+    Raises SandboxError where the kernel lacks Landlock or seccomp, unless `unsafe`, or where the
+    prelude raises; OSError for a video that cannot be opened; DataError for a prelude that is none.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Sandbox(AbstractContextManager):
         unsafe: bool = False,
         output_limit: int = 10_000,
         seed: int | None = None,
+        prelude: str = "",
     ):
         self.videos = list(videos)
         self.timeout = timeout
@@ -120,7 +123,7 @@ class Sandbox(AbstractContextManager):
         self._shown = {}  # number -> figure, to be bound again after a restart
         self._shown_pixels = 0
         self._limit = output_limit
-        self._seed = seed
+        self._settings = (output_limit, seed, read_prelude(prelude))
         self._frame_counts = {}  # of the videos, asked for when a call decodes frames
         self._lock = threading.RLock()
         self._start()
@@ -220,7 +223,7 @@ class Sandbox(AbstractContextManager):
                 descriptors = [file.fileno() for file in videos]
                 socket.send_fds(self._child.channel, [b"v" * len(videos)], descriptors)
             inputs = self._images.bytes + pickle.dumps(self._shown)
-            answer = json.loads(self._exchange((self._limit, self._seed), START, inputs))
+            answer = json.loads(self._exchange(self._settings, START, inputs))
             if isinstance(answer, str):  # it failed, and says why
                 raise OSError(answer)
         except BaseException:
@@ -318,8 +321,11 @@ def check_reply(reply: bytes, output_limit: int, count_frames) -> Result:
         error = clean(error[: output_limit + MARK])
         if not error.strip():
             raise ValueError("its process sent a malformed error")
-    frames = _pairs(values["frames"], MAX_FRAMES)
-    frames = [pair for pair in frames if 0 <= pair[1] < count_frames(pair[0])]
+    frames = [
+        pair
+        for pair in _pairs(values["frames"], MAX_FRAMES)
+        if 0 <= pair[1] < count_frames(pair[0])
+    ]
     sizes = _pairs(values["sizes"], MAX_FIGURES)
     return Result(text, _figures(reply, start, sizes), error, frames)
 
@@ -352,6 +358,5 @@ def _figures(reply, start, sizes):
 
 def _is_size(size):
     """Whether a figure can have this width and height."""
-    shortest = min(size)
-    longest = max(size)
+    shortest, longest = sorted(size)
     return shortest > 0 and longest < MAX_ASPECT * shortest and shortest * longest <= MAX_PIXELS

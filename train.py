@@ -91,9 +91,7 @@ class Config(Limits):
     judge_only: bool = False  # ask the judge for every answer: the paper's protocol
     judge_key_file: str = ""  # file with the judge's API key
     slow: bool = False  # plain transformers instead of engine/fast.py: for reading and for proofs
-    tracker: Literal["", "tensorboard", "wandb", "trackio"] = (
-        ""  # also log to tensorboard, wandb or trackio, if installed
-    )
+    tracker: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also log there, if installed
     name: str = ""  # the run's name there; none: the output folder's and the time of the start
 
 
@@ -173,12 +171,7 @@ class Run:
                 templates=self.templates,
                 **changes,
             )
-        counts = score(
-            flat(groups),
-            self.config.tool_reward,
-            self.judge,
-            self.config.judge_only,
-        )
+        counts = score(flat(groups), self.config.tool_reward, self.judge, self.config.judge_only)
         self.journal.judged.update(counts)
         return groups
 
@@ -400,10 +393,8 @@ def train(run: Run):
         losses = update(run, kept)
         updated = time.perf_counter()
         run.step += 1
-        metrics = dict(step=run.step, **counts, **losses)
-        seconds = collected - began
-        metrics.update(measure(groups, kept, config.stage, seconds, run.journal.judged))
-        metrics.update(seconds_update=updated - collected)
+        metrics = dict(step=run.step, **counts, **losses, seconds_update=updated - collected)
+        metrics.update(measure(groups, kept, config.stage, collected - began, run.journal.judged))
         if run.held and run.due(config.eval_every):
             metrics.update(held_out(run))
         stopped = any(parallel.gather([run.terminated]))

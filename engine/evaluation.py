@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from data import DataError
+from engine.prelude import read_prelude
 from engine.run import leader, open_folder, versions
 
 EXPECTED = dict(  # regular expressions of what a setting may be
@@ -52,6 +53,7 @@ def write_whole(file: Path, text: str) -> None:
 
 def check(config) -> None:
     """Hold settings against what they may be; none is filled in later. Raises DataError."""
+    read_prelude(config.prelude)
     for name, pattern in EXPECTED.items():
         value = getattr(config, name)
         if not re.fullmatch(pattern, value):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError, Sample, image_size, open_video, video_info
+from engine.prelude import named_in_prompt
 from engine.video import frame_times
 
 ANSWER_FORMAT = "<answer>\n\\boxed{your answer}\n</answer>\nQuestion: {query}"
@@ -128,13 +129,15 @@ def messages(
     templates: dict[str, str] | None = None,
     tools: bool = True,
     frames: list[float] | None = None,
+    prelude: str = "",
 ) -> list[dict]:
     """The chat messages that ask a sample.
 
     Their content is a list of {"type": "text", "text"} and {"type": "image"}, one of the latter per
     image of the context. The row's own prompt goes before templates, and those before the built-in
     words; it speaks of the tool, and so it is not used without: with tools=False, or with frames,
-    the seconds of a video's frames in the context. Raises DataError.
+    the seconds of a video's frames in the context. prelude: a file whose functions are named at the
+    end, where there is the tool (engine/prelude.py). Raises DataError.
     """
     direct = not tools or frames is not None
     facts = _facts(sample)
@@ -160,6 +163,9 @@ def messages(
                 text = _name_marks(part, "video") if own else _fill(part, facts)
                 content.append({"type": "text", "text": text})
         chat.append({"role": message["role"], "content": content})
+    functions = "" if direct else named_in_prompt(prelude)
+    if functions:
+        chat[-1]["content"].append({"type": "text", "text": functions})
     images = len(sample.images) + len(frames or ())
     if shown != images:
         raise DataError(f"{shown} <image> marks for {images} images; a prompt needs one for each")

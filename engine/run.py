@@ -31,6 +31,7 @@ from engine.batching import flat
 from engine.checkpoint import FullDisk
 from engine.flags import parse_flags, stop
 from engine.judge import open_judge
+from engine.prelude import read_prelude
 from engine.report import curves, record, step_records, write_report
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib", "av")
@@ -171,6 +172,7 @@ def earlier(cls: type, out: Path):
 
 def check(config) -> None:
     """Hold a run's settings against what they may be. Raises DataError."""
+    read_prelude(config.prelude)
     for name, pattern in EXPECTED.items():
         value = getattr(config, name)
         if not re.fullmatch(pattern, value):

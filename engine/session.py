@@ -79,7 +79,11 @@ class Session:
         videos: descriptors of the files that become video_clue_0, video_clue_1, …
         """
         requests = open(self.descriptor, "rb", closefd=False)
-        self.call, self.console.limit, seed = pickle.load(requests)
+        self.call, self.console.limit, seed, prelude = pickle.load(requests)
+        try:
+            self._execute(prelude)
+        except BaseException as error:
+            raise RuntimeError(f"--prelude: it raised {error!r}") from error
         _seed(seed)
         for clue, image in enumerate(pickle.load(requests)):
             self.namespace[f"image_clue_{clue}"] = image
