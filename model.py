@@ -11,15 +11,13 @@ Any Qwen2.5-VL or Qwen3-VL checkpoint is a policy. `tiny_policy` builds the same
 Shapes: B sequences, T tokens of the longest, A action tokens of all sequences, V vocabulary.
 """
 
-from pathlib import Path
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, StoppingCriteriaList
 
-from data import Action, encode
+from data import Action
 from engine.checkpoint import checkpoint_folder, load_parts
-from engine.parallel import full_weights, rank
+from engine.checkpoint import save_policy as save_policy  # also found here
+from engine.prompt import encode
 from engine.tiny import write_tiny_policy
 
 CLOSING_TAGS = ("</code>", "</answer>")  # an action ends where one of these is complete
@@ -40,28 +38,34 @@ class Policy:
         self.device = device or model.device
         self.generator = torch.Generator(self.device)
         self.image_token = model.config.image_token_id
-        self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.ends = {self.end, tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+        to_ids = tokenizer.convert_tokens_to_ids
+        self.end = to_ids("<|im_end|>")
+        self.ends = {self.end, to_ids("<|endoftext|>")}
         # Only a token with a ">" in it can complete a closing tag.
-        self.closing = {i for token, i in tokenizer.get_vocab().items() if ">" in token}
-        placeholders = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-        self.ban = torch.zeros(model.config.get_text_config().vocab_size, device=self.device)
-        self.ban[tokenizer.convert_tokens_to_ids(placeholders)] = NEVER
+        vocabulary = tokenizer.get_vocab()
+        self.closing = {i for token, i in vocabulary.items() if ">" in token}
+        placeholders = [
+            "<|image_pad|>",
+            "<|video_pad|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+        ]
+        size = model.config.get_text_config().vocab_size
+        self.ban = torch.zeros(size, device=self.device)
+        self.ban[to_ids(placeholders)] = NEVER
         self.ban[len(tokenizer) :] = NEVER
 
     def encode(self, messages: list, images=(), after_action: bool = False) -> list[int]:
         """Chat messages -> ids, with as many image tokens for each image as the model will see."""
-        merged = self.image_processor.merge_size**2
-        sizes = iter(images)
+        processor = self.image_processor
+        waiting = iter(images)
         ids = []
         for token in encode(self.tokenizer, messages, after_action):
             count = 1
             if token == self.image_token:
-                image = next(sizes)
-                patches = self.image_processor.get_number_of_image_patches(
-                    image.height, image.width
-                )
-                count = patches // merged
+                image = next(waiting)
+                patches = processor.get_number_of_image_patches(image.height, image.width)
+                count = patches // processor.merge_size**2
             ids += [token] * count
         return ids
 
@@ -78,24 +82,30 @@ class Policy:
             return torch.arange(len(ids)).expand(3, -1)
         row = torch.tensor([ids])
         kinds = (row == self.image_token).int()
-        rope = self.model.model.get_rope_index
-        return rope(row, mm_token_type_ids=kinds, image_grid_thw=grid)[0][:, 0]
+        positions, _ = self.model.model.get_rope_index(
+            row,
+            mm_token_type_ids=kinds,
+            image_grid_thw=grid,
+        )
+        return positions[:, 0]
 
     def batch(self, trajectories: list, side: str) -> dict:
         """What the model's forward takes, padded on one side: ids and masks (B, T), images."""
         rows = [torch.tensor(t.tokens) for t in trajectories]
         real = [torch.ones_like(row) for row in rows]
-        pad = dict(batch_first=True, padding_side=side)
-        ids = pad_sequence(rows, padding_value=self.end, **pad).to(self.device)
+        ids = padded(rows, side, self.end).to(self.device)
+        images = [image for t in trajectories for image in t.images]
+        pixels, grid = self.pixels(images)
         inputs = dict(
             input_ids=ids,
-            attention_mask=pad_sequence(real, **pad).to(self.device),
+            attention_mask=padded(real, side, 0).to(self.device),
             mm_token_type_ids=(ids == self.image_token).int(),
         )
-        pixels, grid = self.pixels([image for t in trajectories for image in t.images])
-        if pixels is not None:
-            inputs["pixel_values"] = pixels.to(self.device, self.model.dtype)
-            inputs["image_grid_thw"] = grid.to(self.device)
+        if images:
+            inputs.update(
+                pixel_values=pixels.to(self.device, self.model.dtype),
+                image_grid_thw=grid.to(self.device),
+            )
         return inputs
 
     def sample(self, logits, limits, uniform):
@@ -104,12 +114,18 @@ class Policy:
         logits: (B, V). limits: temperature (0: greedy), top_p, top_k. uniform: (B,), random numbers
         in 0..1. Returns tokens (B,) and their log-probs (B,) under the temperature alone.
         """
-        logits = logits.float() + self.ban
-        logprobs = (logits / (limits.temperature or 1.0)).log_softmax(-1)
-        if limits.temperature == 0:
-            tokens = logits.argmax(-1)
+        greedy = limits.temperature == 0
+        scaled = logits.float() / (1.0 if greedy else limits.temperature)
+        logprobs = (scaled + self.ban).log_softmax(-1)
+        if greedy:
+            tokens = logprobs.argmax(-1)
         else:
-            tokens = draw(logprobs.exp(), limits.top_p, limits.top_k, uniform)
+            tokens = draw(
+                logprobs.exp(),
+                limits.top_p,
+                limits.top_k,
+                uniform,
+            )
         return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
     def stops(self, ids: list[int]) -> bool:
@@ -129,27 +145,36 @@ class Policy:
         may append to the trajectory. Each step draws one random number a row, also for rows that
         have stopped, so that what a row samples does not depend on when others stop.
         """
+        from transformers import GenerationConfig, StoppingCriteriaList  # slow to import
+
         inputs = self.batch(trajectories, side="left")
         budgets = [limits.new_tokens(t) for t in trajectories]
         actions = [Action([], []) for _ in trajectories]
         live = [True] * len(trajectories)
 
         def choose(_, logits):
-            """Sample a token for each row; all others get no chance in the greedy search."""
-            uniform = torch.rand(len(live), generator=self.generator, device=self.device)
+            """Sample a token for each row, and give no other a chance in the greedy search."""
+            uniform = torch.rand(
+                len(live),
+                generator=self.generator,
+                device=self.device,
+            )
             tokens, logprobs = self.sample(logits, limits, uniform)
             for row, action in enumerate(actions):
-                if live[row]:
-                    action.ids.append(int(tokens[row]))
-                    action.logprobs.append(float(logprobs[row]))
-                    action.complete = self.stops(action.ids)
-                    live[row] = not action.complete and len(action.ids) < budgets[row]
-                    if not live[row]:
-                        on_action(trajectories[row], action)
-            return torch.full_like(logits, -torch.inf).scatter(1, tokens[:, None], 0.0)
+                if not live[row]:
+                    continue
+                action.ids.append(int(tokens[row]))
+                action.logprobs.append(float(logprobs[row]))
+                action.complete = self.stops(action.ids)
+                if action.complete or len(action.ids) == budgets[row]:
+                    live[row] = False
+                    on_action(trajectories[row], action)
+            chosen = torch.full_like(logits, -torch.inf)
+            return chosen.scatter(1, tokens[:, None], 0.0)
 
         def stopped(ids, _):
-            return torch.tensor([not alive for alive in live], device=ids.device)
+            done = [not alive for alive in live]
+            return torch.tensor(done, device=ids.device)
 
         # Explicit where a checkpoint's own generation settings would change the distribution.
         settings = GenerationConfig(
@@ -170,12 +195,24 @@ class Policy:
         """Log-probs (A,) of all action tokens, in order, with gradients; and entropies (A,)."""
         inputs = self.batch(trajectories, side="right")
         masks = [torch.tensor(t.action_mask) for t in trajectories]
-        actions = pad_sequence(masks, batch_first=True)[:, 1:].to(self.device)  # (B, T - 1)
+        actions = padded(masks, "right", False).to(self.device)[:, 1:]  # (B, T - 1)
         targets = inputs["input_ids"][:, 1:][actions]  # (A,)
         logits = self.model(**inputs).logits[:, :-1][actions]  # (A, V)
-        logprobs = (logits.float() / temperature + self.ban).log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
-        return logprobs.gather(1, targets[:, None])[:, 0], entropy
+        scaled = logits.float() / temperature
+        logprobs = (scaled + self.ban).log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        chosen = logprobs.gather(1, targets[:, None])[:, 0]
+        return chosen, entropy.detach()
+
+
+def padded(rows: list, side: str, value):
+    """Tensors of unequal length -> (B, T), padded on one side."""
+    return pad_sequence(
+        rows,
+        batch_first=True,
+        padding_value=value,
+        padding_side=side,
+    )
 
 
 def draw(probabilities, top_p: float, top_k: int, uniform):
@@ -185,14 +222,17 @@ def draw(probabilities, top_p: float, top_k: int, uniform):
     """
     order = None
     if top_k or top_p < 1:
-        kept = min(top_k or len(probabilities[0]), len(probabilities[0]))
-        probabilities, order = probabilities.topk(kept)
+        vocabulary = probabilities.shape[1]
+        probabilities, order = probabilities.topk(min(top_k or vocabulary, vocabulary))
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities * (before < top_p * probabilities.sum(-1, keepdim=True))
+        most = top_p * probabilities.sum(-1, keepdim=True)
+        probabilities = probabilities * (before < most)
     total = probabilities.cumsum(-1)
     point = uniform[:, None] * total[:, -1:] * (1 - 1e-6)
     place = torch.searchsorted(total, point, right=True)
-    return place[:, 0] if order is None else order.gather(1, place)[:, 0]
+    if order is not None:
+        place = order.gather(1, place)
+    return place[:, 0]
 
 
 def load_policy(
@@ -212,8 +252,12 @@ def load_policy(
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device or best)
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-    folder = checkpoint_folder(name)
-    model, tokenizer, processor = load_parts(folder, device, dtype or usual, sharded)
+    model, tokenizer, processor = load_parts(
+        checkpoint_folder(name),
+        device,
+        dtype or usual,
+        sharded,
+    )
     smallest = processor.size["shortest_edge"]
     largest = min(processor.size["longest_edge"], max_pixels)
     processor.size = {"shortest_edge": smallest, "longest_edge": largest}
@@ -224,12 +268,3 @@ def tiny_policy(folder, texts: list[str], seed: int = 0, vocabulary: int = 1024)
     """Write a random policy of 0.8 M parameters (engine/tiny.py) to `folder` and load it."""
     write_tiny_policy(folder, texts, seed, vocabulary)
     return load_policy(folder)
-
-
-def save_policy(policy, folder) -> None:
-    """Write a Hugging Face checkpoint, gathered from all processes; process 0 writes."""
-    weights = full_weights(policy.model)
-    if rank() == 0:
-        policy.model.save_pretrained(Path(folder), state_dict=weights)
-        policy.tokenizer.save_pretrained(folder)
-        policy.image_processor.save_pretrained(folder)

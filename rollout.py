@@ -11,6 +11,7 @@ those that are not done go on. Three rules keep a trajectory right at every mome
 `select` then filters and ranks groups of scored trajectories: oversample, filter, rank.
 """
 
+import collections
 import enum
 import functools
 import random
@@ -21,14 +22,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from data import Action, DataError, Sample, messages, open_image
+from data import Action, DataError, Sample, open_image
 from engine.blocks import find_code
-from engine.video import uniform_frames
+from engine.prompt import messages
+from engine.video import check_video, uniform_frames
 from model import CLOSING_TAGS
 from reward import advantages, extract_answer
 from sandbox import Packed, Sandbox, warm
-
-MAX_PREPARED = 128  # sandboxes made ahead for the next batch, at 5 MiB each
 
 
 @dataclass
@@ -42,9 +42,7 @@ class Limits:
     temperature: float = 1.0  # of sampling; 0 is greedy
     top_p: float = 1.0  # of sampling; the gradient is always of the whole distribution
     top_k: int = 0  # of sampling, 0: all tokens; the gradient is of the whole distribution
-    frames: str = (
-        ""  # N or 1fps: a video's frames in the context and no tool (the uniform baseline)
-    )
+    frames: str = ""  # N or 1fps: a video's frames in the context, no tool (uniform baseline)
     timeout: float = 30.0  # seconds a tool call may take
     unsafe_sandbox: bool = False  # run code without confinement where the system has none
 
@@ -173,6 +171,7 @@ def rollout(
 
 
 def ongoing(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """Those that have not ended."""
     return [t for t in trajectories if t.end_reason is EndReason.ONGOING]
 
 
@@ -182,6 +181,8 @@ def ask(policy, group, limits, tools, templates) -> None:
     try:
         seconds = None
         images = [open_image(image) for image in sample.images]
+        for path in sample.videos:
+            check_video(path)
         if limits.frames:
             seconds, images = uniform_frames(sample, limits.frames)
         ids = policy.encode(messages(sample, templates, tools, seconds), images)
@@ -268,13 +269,15 @@ class Tools:
 
     def __enter__(self):
         packed = {}  # a group's images are packed once for all its sandboxes
-        for number, t in enumerate(self.trajectories):
-            key = id(t.sample)
-            if key not in packed:
-                packed[key] = Packed(t.images)
-            seed = zlib.crc32(f"{self.seed} {t.sample.id} {number}".encode())
+        place = collections.Counter()  # in the group
+        for t in self.trajectories:
+            group = id(t.sample)
+            if group not in packed:
+                packed[group] = Packed(t.images)
+            seed = zlib.crc32(f"{self.seed} {t.sample.id} {place[group]}".encode())
+            place[group] += 1
             settings = dict(self.settings, seed=seed)
-            future = self.threads.submit(Sandbox, packed[key], t.sample.videos, **settings)
+            future = self.threads.submit(Sandbox, packed[group], t.sample.videos, **settings)
             self.boxes[t] = future
         return self
 
@@ -283,8 +286,9 @@ class Tools:
             self.close(t, wait=failed is not None)
         self.threads.shutdown(wait=failed is not None)
         films = sum(bool(t.sample.videos) for t in self.trajectories)
-        warm(min(MAX_PREPARED, len(self.trajectories) - films), False)
-        warm(min(MAX_PREPARED, films), True)
+        # The next batch's are made ahead, while the policy learns.
+        warm(len(self.trajectories) - films, False)
+        warm(films, True)
 
     def start(self, t: Trajectory, code: str) -> None:
         """Run code in the trajectory's sandbox, in the background."""
@@ -322,20 +326,30 @@ class Recital:
         return getattr(self.policy, name)
 
     def act(self, trajectories, limits, on_action) -> None:
-        """Say the next turn of each. A turn that no sampler can reach is not complete."""
+        """Say the next turn of each.
+
+        A turn that no sampler can reach, or that does not fit into the context, is not complete.
+        """
         for t in trajectories:
-            turns = t.sample.turns[len(t.turns) :]
+            turns = (t.sample.turns or [])[len(t.turns) :]
             text = turns[0].strip() if turns else ""
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
             ids = encoded.input_ids
             behind = [text.split(tag, 1)[1] for tag in CLOSING_TAGS if tag in text]
             if not behind:
                 ids = [*ids, self.end]
-            reachable = not any(behind) and bool(turns)
+            fits = len(t.tokens) + len(ids) <= limits.max_context
+            reachable = bool(turns) and fits and not any(behind)
             on_action(t, Action(ids, [0.0] * len(ids), reachable))
 
 
 # ------------------------------------------------------------------------ oversample, filter, rank
+def teaches(group: list[Trajectory], keep_zero_variance: bool = False) -> bool:
+    """Does a group hold two trajectories that are not broken, and of different reward?"""
+    rewards = [t.reward for t in group if not t.broken]
+    return len(rewards) >= 2 and (keep_zero_variance or statistics.pstdev(rewards) > 1e-9)
+
+
 def select(
     groups: list[list[Trajectory]],
     keep: int,
@@ -361,16 +375,15 @@ def select(
     for group in groups:
         whole = [t for t in group if not t.broken]
         rewards = [t.reward for t in whole]
-        std = statistics.pstdev(rewards) if rewards else 0.0
         counts["trajectories_broken"] += len(group) - len(whole)
         if len(whole) < 2:
             counts["groups_too_small"] += 1
-        elif std < 1e-9 and not keep_zero_variance:
+        elif not teaches(group, keep_zero_variance):
             counts["groups_zero_variance"] += 1
         else:
             for t, advantage in zip(whole, advantages(rewards, normalize_std), strict=True):
                 t.advantage = advantage
-            ranked.append((std, whole))
+            ranked.append((statistics.pstdev(rewards), whole))
     if rank == "random":
         random.Random(seed).shuffle(ranked)
     else:

@@ -1,506 +1,357 @@
-"""Where the policy's Python runs: one locked-down process per trajectory.
+"""Where the policy's Python runs: one locked-down process per trajectory. The trainer's side.
 
-A policy in training writes whatever may pay, so its code is hostile. A clean process (by exec, no fork of the trainer)
-imports numpy, matplotlib, PIL and decord once and forks a child per Sandbox. A reply: the call's random id, JSON, RGB.
-Covered, by two layers where the kernel has them:
-  - files: Landlock; a read-only root of Python and system libraries. Scratch is a tmpfs with limits (where namespaces
-    are refused: a watched directory). Videos come as descriptors.
-  - network, programs, other processes, privileges: a list of allowed system calls (seccomp), no_new_privs, no
-    capabilities; network, pid and ipc namespaces, Landlock scopes, a user namespace of its own.
-  - memory, descriptors, threads, file sizes: rlimits; sandboxes die first when the machine runs out of memory.
-  - time: one deadline a reply, then SIGKILL by pidfd; between calls the process is stopped.
-  - protocol: the trainer unpickles nothing, decodes no image, checks sizes before it takes memory.
-  - life: children die with the forking process, that one with the trainer, whatever ended it.
-Not covered:
-  - kernel bugs; timing, caches and load as side channels; CPU time within a call; the names of host and kernel,
-    numbers of other processes.
-  - where namespaces are refused: names and sizes of files; bombs of threads, of disk and of deleted files end only
-    after 0.1 s, 0.1 s and a second.
-  - unsafe=True where a layer is missing (not Linux, an old kernel): it contains mistakes, not attacks.
+    with Sandbox(images, videos) as sandbox:
+        result = sandbox.run("print(image_clue_0.size)")
+
+A policy in training writes whatever may pay, so its code is hostile. It runs in a process that
+engine/confine.py encloses and in which engine/session.py behaves like a notebook. Children are
+forked ahead by one clean process, so that a sandbox starts in milliseconds.
+
+What is guaranteed here:
+  - Nothing that the code does raises in the trainer: it becomes Result.error.
+  - A reply is bytes: nothing in it is unpickled, no image is decoded. Its size is bounded before
+    memory is taken, and `check_reply` lets through only what a Result may hold.
+  - A reply answers its own call: every call has a random id.
+  - One deadline holds for a whole call, however its reply arrives. Who misses it is killed, by a
+    descriptor of the process and never by its number. Between calls the process stands still.
+  - After a call that ended the process, the next one starts a new process, in which the inputs
+    and what was shown are bound again and the random numbers are seeded again.
+  - The sandbox refuses to start where a layer of the confinement is missing, unless `unsafe`,
+    which contains mistakes and no attacks.
+  - After `close` the process, its descriptors and its scratch folder are gone.
 """
-import ctypes, functools, gc, io, json, linecache, os, pickle, platform, random, re, resource, select, signal, socket
-import stat, struct, subprocess, sys, tempfile, threading, time, traceback, types, warnings, weakref
+
+import errno
+import json
+import os
+import pickle
+import re
+import signal
+import socket
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
-from itertools import islice
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-MEMORY, SCRATCH, FILES, THREADS, DESCRIPTORS = 2 << 30, 64 << 20, 1000, 64, 128     # what the code may take
-MAX_FIGURES, MAX_PIXELS, MAX_ASPECT, MAX_FRAMES = 32, 2_000_000, 200, 4096          # figures and video frames of a call
-START, GRACE, WAITING = 120, 0.25, 4        # seconds until a child is there, from timeout to kill; children that wait
-HEADER = struct.Struct("<16sI")             # of a reply: id of the call, bytes of JSON
-READS = """/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /nix/store /usr/share/fonts /usr/local/share/fonts /etc/fonts
-/usr/share/zoneinfo /etc/localtime /etc/alternatives /etc/ld.so.cache /dev/null /dev/zero /dev/random /dev/urandom"""
-REMOVE = 'while chmod -R u+rwx "$0"; ! rm -rf "$0"; do sleep 1; done'       # at any depth, whatever the modes
-# Namespaces: as root, else by a user namespace, else none. The command that finds itself process 1 has got them.
-SPACES = """start="--fork --kill-child --mount-proc"; for own in -mnip -rmnip; do
-unshare $own $start mount -t tmpfs none /tmp && exec unshare $own $start "$@"; done; exec "$@" """
-# By machine: seccomp's name for it; the numbers of clone and fcntl, which are allowed in part; then what the
-# kernel does (files, own memory and signal handlers, threads, clocks) and what is only answered: done (chmod, utime,
-# flock), ENOTTY (ioctl), ENOSYS (clone3), EOPNOTSUPP (extended attributes, fallocate). All else, now or in kernels to
-# come (socket, kill, ptrace, exec, fork, prctl, mount, unshare, memfd, io_uring), is EPERM.
-CALLS = {"x86_64": (0xC000003E, 56, 72, {None: """0-15 17-26 28 32-40 60 63 74-75 77-85 87-89 95-100 102 104
-    107-108 110 115 118 120 128 131 186 201-202 204 217-219 228-233 257-258 262-264 266-267 269-271 273-274 281 290-293
-    309 316 318 326 332 334 439""", 0: "73 90-91 132 235 261 268 280 452", 25: "16", 38: "435", 95: "188-199 285"}),
-         "aarch64": (0xC00000B7, 220, 25, {None: """17 19-24 34-36 38 46 48-50 56-57 59 61-68 71-73 78-80 82-83
-    93-94 96 98-103 113-115 123-124 128 132 134-135 137 139 148 150 153 158 160 163 165-166 168-169 172-179 214-216 222
-    226-227 233 276 278 285 291 293 439""", 0: "32 52-53 88 452", 25: "29", 38: "435", 95: "5-16 47"})}
+import data
+from engine.figures import MAX_ASPECT, MAX_CALL_PIXELS, MAX_FIGURES, MAX_PIXELS
+from engine.pool import START, WAITING, too_few_descriptors
+from engine.pool import pool as _pool
+from engine.session import HEADER, JSON_SIZE, MAX_FRAMES
+
+KEYS = {"text", "error", "frames", "sizes"}  # of a reply
+warm = _pool.warm  # have some processes ready, while the policy generates
+RESTARTED = """[Restarted: earlier variables, imports and files are lost; the inputs and the figures \
+that were shown are bound again.]
+"""
+FEW = (errno.EMFILE, errno.ENFILE)  # no descriptor is left
+GRACE = 0.25  # seconds from the timeout, which the child ends by itself, to the kill
+MARK = 99  # characters of text that a reply may have above its limit: the note of what was cut
+SHOWN_PIXELS = 32_000_000  # of figures that are bound again after a restart, the last ones
+# Colours and other control sequences, and control characters but for line ends and tabs.
+CONTROL = re.compile(r"\x1b\[[0-?]{0,20}[ -/]{0,3}[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 class SandboxError(RuntimeError):
-    """A layer of the confinement is missing on this machine, or the sandbox's process does not start."""
+    """The sandbox is closed, does not start, or a layer of its confinement is missing here."""
+
 
 @dataclass
 class Result:
-    """What one call left: printed text, then the traceback; shown figures (RGB); traceback; (video, frame) decoded."""
-    text: str
-    images: list
-    error: str | None
-    frames: list
+    """What one call left."""
+
+    text: str  # what was printed, then the traceback
+    images: list[Image.Image]  # figures that were shown, RGB
+    error: str | None  # the traceback
+    frames: list[tuple[int, int]]  # (video, frame) of each frame that was decoded
+
 
 class Packed:
     """PIL images as a process of its own takes them: made once, for any number of sandboxes."""
-    def __init__(self, images):
-        images = [image if type(image) is Image.Image else image.copy() for image in images]     # a file's: loaded
-        self.count, self.bytes = len(images), pickle.dumps(images)
+
+    def __init__(self, images: Sequence[Image.Image]):
+        plain = [_plain(image) for image in images]
+        self.count = len(plain)
+        self.bytes = pickle.dumps(plain)
+
+
+def _plain(image):
+    """A copy of an image as people see it, without texts and tags that its file holds."""
+    transparency = image.info.get("transparency")
+    image = ImageOps.exif_transpose(image)
+    image.load()
+    image.info = {} if transparency is None else {"transparency": transparency}
+    return image
+
 
 class Sandbox(AbstractContextManager):
-    """A persistent Python namespace, in a process of its own, for code that nobody trusts. A context manager.
+    """A persistent Python namespace, in a process of its own, for code that nobody trusts.
 
-    images: PIL images or Packed ones, bound as image_clue_0…; videos: paths, bound as video_clue_0… (decord
-    VideoReaders that open at first use). timeout: seconds of wall time a call. output_limit: characters of text a call.
-    Raises SandboxError where the kernel lacks Landlock or seccomp, unless `unsafe`, and OSError for a video that cannot
-    be opened.
+    images: PIL images or Packed ones, bound as image_clue_0, …
+    videos: paths, bound as video_clue_0, … (decord VideoReaders that open at first use)
+    timeout: seconds of wall time for one call
+    output_limit: characters of text of one call
+    seed: of the random numbers that the code draws by `random` and numpy; None: of its own
+    Raises SandboxError where the kernel lacks Landlock or seccomp, unless `unsafe`, and OSError
+    for a video that cannot be opened.
     """
-    def __init__(self, images=(), videos=(), timeout=30.0, *, unsafe=False, output_limit=10_000, seed=None):
-        self.videos, self.timeout, self.unsafe = list(videos), timeout, unsafe
-        self._images = images if isinstance(images, Packed) else Packed(images)
-        self._clue, self._limit, self._lock = self._images.count, output_limit, threading.RLock()
-        self._start()
-        if seed is not None: self.run(f"__import__('random').seed({seed}); __import__('numpy').random.seed({seed})")
 
-    def close(self, *_):
-        """End the process and a call that runs; process and scratch directory are gone when this returns."""
-        self.timeout = None
-        if self._owner == os.getpid():                          # not from a fork: the connection is shared
-            with suppress(OSError): self._channel.shutdown(socket.SHUT_RDWR)
-        with self._lock: self._end()
+    def __init__(
+        self,
+        images: Sequence[Image.Image] | Packed = (),
+        videos: Sequence[str | os.PathLike] = (),
+        timeout: float = 30.0,
+        *,
+        unsafe: bool = False,
+        output_limit: int = 10_000,
+        seed: int | None = None,
+    ):
+        self.videos = list(videos)
+        self.timeout = timeout
+        self.unsafe = unsafe
+        self.closed = False
+        self._images = images if isinstance(images, Packed) else Packed(images)
+        self._clue = self._images.count  # the number of the next figure
+        self._shown = {}  # number -> figure
+        self._limit = output_limit
+        self._seed = seed
+        self._frame_counts = {}  # of the videos, asked for when a call decodes frames
+        self._lock = threading.RLock()
+        self._start()
+
+    def close(self, *_) -> None:
+        """End the process and a call that runs. A second close does nothing."""
+        self.closed = True
+        if self._child.ours:  # in a fork the connection is the parent's
+            with suppress(OSError):
+                self._child.channel.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self._end()
+            self._shown = {}
+
     __exit__ = close
 
-    def _start(self):
-        """Take a prepared child, hand it the inputs, hear what it could not do to enclose itself."""
-        with ExitStack() as files:
-            videos = [files.enter_context(open(path, "rb")).fileno() for path in self.videos]
-            for _ in range(WAITING + 3):                        # children that waited may have died
-                with suppress(OSError, EOFError, ValueError):
-                    self._channel, self._process, scratch = _take(bool(videos))
-                    self._owner = os.getpid()
-                    self._end = weakref.finalize(self, _end, self._channel, self._process, scratch, self._owner)
-                    self._end.atexit = False                    # at exit the forking process ends what is left
-                    self._channel.settimeout(START)
-                    if videos: socket.send_fds(self._channel, [b"v"], videos)
-                    missing, _ = self._exchange((self._limit,), START, self._images.bytes)
-                    break
-            else:
-                raise SandboxError("the sandbox process does not start: can this Python import numpy, matplotlib, PIL?")
-        lack = f"no safe place for code without {', '.join(missing)}: use Linux 5.13+ or unsafe=True (--unsafe_sandbox)"
-        if missing and not self.unsafe: raise SandboxError(lack)
-        if missing: warnings.warn(lack, RuntimeWarning, stacklevel=3)
-
-    def run(self, code):
-        """Run `code` in the namespace, return a Result. What the code does never raises here: it is Result.error."""
+    def run(self, code: str) -> Result:
+        """Run code in the namespace. What the code does never raises here: it is Result.error."""
         with self._lock:
-            if self.timeout is None: raise SandboxError("this sandbox is closed")
-            notice, images, frames, lives = "", [], [], False
-            if not self._end.alive or self._owner != os.getpid():       # it ended at the last call, or is a fork's copy
+            if self.closed:
+                raise SandboxError("this sandbox is closed")
+            notice = ""
+            if not self._end.alive or not self._child.ours:
                 self._start()
-                notice = "[Restarted: earlier variables, imports and files are lost; the inputs are bound again.]\n"
-            seconds, begun = self.timeout or 0, time.monotonic()        # 0: closed by another thread meanwhile
-            try:
-                _send(self._process, signal.SIGCONT)
-                text, error, frames, images = self._exchange((code, self._clue, seconds), seconds)
-                text, error = (t if t is None else str(t)[:self._limit + 99].encode("utf-8", "replace").decode()
-                               for t in (text or "", error))
-                frames = [(int(video), int(frame)) for video, frame in frames]
-                _send(self._process, signal.SIGSTOP)            # threads that outlive a call wait for the next
-                lives = time.monotonic() - begun < seconds
-            except (OSError, EOFError, ValueError, TypeError, OverflowError, RecursionError) as problem:
-                text = error = f"{type(problem).__name__}: {problem}\n"
-            finally:
-                if not lives:                                   # also when interrupted: late replies must meet nobody
-                    self._end()
-            self._clue += len(images)
-            return Result(notice + text, images, error, frames)
+                notice = RESTARTED
+            result = self._call(code)
+            result.text = notice + result.text
+            for image in result.images:
+                self._shown[self._clue] = image
+                self._clue += 1
+            return result
 
-    def _exchange(self, request, seconds, more=b""):
-        """Send a request and `more`; the values of its reply, of which nothing is trusted, and its images."""
-        call, deadline = os.urandom(16), time.monotonic() + seconds + GRACE
-        self._channel.settimeout(seconds)
-        self._channel.sendall(pickle.dumps((call, *request)))
-        if more: self._channel.sendall(more)                    # else it may be closed by now, with a reply to read
-        sender, size = HEADER.unpack(self._receive(HEADER.size, deadline))
-        if sender != call or size > 24 * self._limit + 2 ** 18:
+    def _call(self, code):
+        """One call and its result; a process that did not answer in time and as agreed is ended."""
+        start = time.monotonic()
+        alive = False
+        try:
+            self._child.signal(signal.SIGCONT)
+            reply = self._exchange((code, self._clue, self.timeout), self.timeout)
+            result = check_reply(reply, self._limit, self._count_frames)
+            self._child.signal(signal.SIGSTOP)  # threads that outlive a call wait for the next
+            alive = time.monotonic() - start < self.timeout
+            return result
+        except (OSError, EOFError, ValueError, RecursionError) as problem:
+            late = time.monotonic() - start >= self.timeout
+            return self._broken(problem, late)
+        finally:
+            if not alive:  # also when interrupted: a late reply must meet nobody
+                self._end()
+
+    def _broken(self, problem, late):
+        """The Result of a call that has no reply: what was printed before, and what went wrong."""
+        error = f"{type(problem).__name__}: {problem}\n"
+        if late and not self.closed:
+            error = f"TimeoutError: the code ran into the limit of {self.timeout:g} s\n"
+        text = clean(self._child.printed(self._printed_at)[: self._limit])
+        if text:
+            text = f"{text.rstrip()}\n"
+        return Result(text + error, [], error, [])
+
+    def _start(self):
+        """Have a process in which the inputs are bound."""
+        with ExitStack() as files:
+            try:
+                videos = [files.enter_context(open(path, "rb")) for path in self.videos]
+                missing = self._connect(videos)
+            except OSError as problem:
+                if problem.errno in FEW:
+                    raise SandboxError(too_few_descriptors()) from problem
+                raise
+        if missing:
+            way_out = "use Linux 5.13+ or unsafe=True (--unsafe_sandbox)"
+            lack = f"no safe place for code without {', '.join(missing)}: {way_out}"
+            if not self.unsafe:
+                self._end()
+                raise SandboxError(lack)
+            warnings.warn(lack, RuntimeWarning, stacklevel=4)
+
+    def _connect(self, videos):
+        """Take a child that lives and bind the inputs in it; the layers that it lacks."""
+        for _ in range(WAITING + 3):  # children that waited may have died
+            try:
+                self._child = _pool.take(bool(videos))
+                self._received = bytearray()  # and not yet looked at
+                self._end = weakref.finalize(self, self._child.end)
+                self._end.atexit = False  # at exit the forking process ends what is left
+                return self._bind(videos)
+            except (OSError, EOFError, ValueError) as failure:
+                if getattr(failure, "errno", None) in FEW:
+                    raise
+                problem = failure
+        reason = clean(str(problem))[:200]
+        raise SandboxError(f"the sandbox's process does not start: {reason}")
+
+    def _bind(self, videos):
+        """Hand the inputs to a child and hear which layers are missing."""
+        try:
+            if videos:
+                descriptors = [file.fileno() for file in videos]
+                socket.send_fds(self._child.channel, [b"v" * len(videos)], descriptors)
+            inputs = self._images.bytes + pickle.dumps(self._last_shown())
+            answer = json.loads(self._exchange((self._limit, self._seed), START, inputs))
+            if isinstance(answer, str):  # it failed, and says why
+                raise OSError(answer)
+        except BaseException:
+            self._end()
+            raise
+        missing, self._printed_at = answer
+        return missing
+
+    def _last_shown(self):
+        """The figures to bind again: the last ones, within a bound."""
+        pixels = 0
+        for clue, image in sorted(self._shown.items(), reverse=True):
+            pixels += image.width * image.height
+            if pixels > SHOWN_PIXELS:
+                del self._shown[clue]
+        return self._shown
+
+    def _count_frames(self, video):
+        """How many frames a video has; 0 if there is no such video or it cannot be read."""
+        if video not in range(len(self.videos)):
+            return 0
+        if video not in self._frame_counts:
+            self._frame_counts[video] = 0
+            with suppress(data.DataError, OSError):
+                self._frame_counts[video] = data.video_info(str(self.videos[video]))["frames"]
+        return self._frame_counts[video]
+
+    def _exchange(self, request, seconds, inputs=b""):
+        """Send a request; the bytes of its reply."""
+        call = os.urandom(16)
+        deadline = time.monotonic() + seconds + GRACE
+        channel = self._child.channel
+        channel.settimeout(seconds)
+        try:
+            channel.sendall(pickle.dumps((call, *request)))
+            if inputs:
+                channel.sendall(inputs)
+        except ConnectionError:
+            pass  # what it said before is still there
+        header = self._receive(HEADER.size, deadline)
+        sender, size = HEADER.unpack(header)
+        failed = inputs and sender == bytes(16)  # it did not get as far as the request
+        largest = MAX_CALL_PIXELS * 3 + 24 * self._limit + 2**18
+        if size > largest or not (sender == call or failed):
             raise ValueError("its process sent a malformed reply")
-        *values, sizes = json.loads(self._receive(size, deadline))
-        if len(sizes) > MAX_FIGURES or not all(w > 0 < h and w * h <= MAX_PIXELS for w, h in sizes):
-            raise ValueError("its process sent malformed figures")
-        return *values, [Image.frombytes("RGB", (w, h), self._receive(3 * w * h, deadline)) for w, h in sizes]
+        return self._receive(size, deadline)
 
     def _receive(self, size, deadline):
         """Exactly `size` bytes before the deadline, however they dribble in."""
-        view = memoryview(buffer := bytearray(size))
-        while view:
-            if (left := deadline - time.monotonic()) <= 0: raise TimeoutError("timed out")
-            self._channel.settimeout(left)
-            if not (count := self._channel.recv_into(view)):
+        received = self._received
+        while len(received) < size:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            self._child.channel.settimeout(left)
+            part = self._child.channel.recv(2**16)
+            if not part:
                 raise EOFError("its process died")
-            view = view[count:]
-        return buffer
+            received += part
+        taken = bytes(received[:size])
+        del received[:size]
+        return taken
 
-# ---- the trainer's side: the forking process and the children it has prepared
-_send = getattr(signal, "pidfd_send_signal", os.kill)           # a pidfd never means a later process of that number
-_pool = types.SimpleNamespace(server=None, lock=threading.RLock())
-os.register_at_fork(after_in_child=lambda: vars(_pool).update(server=None, lock=threading.RLock()))
 
-def warm(count, videos=False):
-    """Have `count` children wait, for inputs with or without videos, while the policy generates. Returns at once."""
-    with _pool.lock, suppress(OSError):                         # a dead forking process is replaced at the next call
-        if _pool.server is None or _pool.server.poll() is not None: _launch()
-        _pool.control[videos].send(b"f" * (count - _pool.waiting[videos]))
-        _pool.waiting[videos] = max(count, _pool.waiting[videos])
+# ---- what is let through
 
-def _take(videos):
-    """A prepared child: the channel to it, its pidfd (where there is none, its number), its scratch directory."""
-    with _pool.lock:
-        warm(WAITING + 1, videos)                               # more than we take: some are always prepared
-        try:
-            message, fds, _, _ = socket.recv_fds(_pool.control[videos], 4096, 2)
-            _pool.waiting[videos] -= 1
-            for fd in fds: os.set_inheritable(fd, False)
-            pid, scratch = json.loads(message)
-        except (OSError, ValueError):                           # it died
-            _pool.server = None
-            raise
-        return socket.socket(fileno=fds[0]), (*fds[1:], pid)[0], scratch
 
-def _launch():
-    """Start the forking process by exec, in a session no Ctrl-C reaches, its source from stdin: no path of ours."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) < 3: pass   # closed standard streams: not to become our sockets
-    os.close(spare)
-    _pool.control, theirs = zip(socket.socketpair(), socket.socketpair())       # for children without and with videos
-    for control in _pool.control: control.settimeout(START)
-    _pool.waiting = [0, 0]
-    trainer = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else os.pipe()[0]      # readable when we are gone
-    packages = [path for path in sys.path if path.endswith("-packages")]        # and no folder of somebody's projects
-    libraries = [f"{prefix}/{lib}" for prefix in (sys.prefix, sys.base_prefix) for lib in ("lib", "lib64")]
-    reads = {inner for path in (*libraries, *packages, *READS.split()) for inner in _but_for_us(path)}
-    environment = dict(PATH="/usr/bin:/bin", LANG="C.UTF-8", MPLBACKEND="Agg", PYTHONUTF8="1", PYTHONSAFEPATH="1",
-                       PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1", TMPDIR=os.getenv("TMPDIR", ""))
-    with theirs[0], theirs[1], open(__file__) as source, open(os.devnull, "w") as null, open(trainer):
-        fds = theirs[0].fileno(), theirs[1].fileno(), trainer
-        command = ["sh", "-c", SPACES, "sh", sys.executable, "-", *map(str, fds), ":".join(packages), *sorted(reads)]
-        _pool.server = subprocess.Popen(command, stdin=source, stdout=null, stderr=null, env=environment, cwd="/",
-                                        pass_fds=fds, start_new_session=True)
+def clean(text: str) -> str:
+    """Text without control sequences and surrogates, with one kind of line end."""
+    text = text.encode("utf-8", "replace").decode()
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return CONTROL.sub("", text)
 
-def _but_for_us(path):
-    """A path that code may read; where the checkout lies in it, all else that is there."""
-    ours = os.path.dirname(os.path.realpath(__file__))
-    if os.path.commonpath([ours, real := os.path.realpath(path)]) != real:
-        return [path] * os.path.exists(path)
-    return [inner for name in os.listdir(path) if ours != real for inner in _but_for_us(f"{path}/{name}")]
 
-def _end(channel, process, scratch, owner):
-    """Kill a child, wait until it is reaped, remove its scratch directory. In a fork of the trainer: only let go."""
-    channel.close()
-    if owner == os.getpid():
-        with suppress(ProcessLookupError):
-            _send(process, signal.SIGKILL)
-            if _send is not os.kill:                            # readable at its end: many may wait, and none spins
-                (ended := select.poll()).register(process, select.POLLIN)
-                ended.poll(2000)
-            for _ in range(4000): time.sleep(_send(process, signal.SIGKILL) or 0.0005)
-        if scratch: subprocess.run(["sh", "-c", REMOVE, scratch], stderr=subprocess.DEVNULL)
-    if _send is not os.kill: os.close(process)
+def check_reply(reply: bytes, output_limit: int, count_frames) -> Result:
+    """The Result that the bytes of a reply hold. ValueError: they hold none.
 
-# ---- the forking process
-_libc = ctypes.CDLL(None, use_errno=True)
+    reply: the length of JSON, JSON, RGB bytes of the figures one after another
+    count_frames: number of a video -> how many frames it has; frames outside are left out
+    """
+    if len(reply) < JSON_SIZE.size:
+        raise ValueError("its process sent a malformed reply")
+    (size,) = JSON_SIZE.unpack_from(reply)
+    start = JSON_SIZE.size + size
+    values = json.loads(reply[JSON_SIZE.size : start].decode("utf-8"))
+    if type(values) is not dict or values.keys() != KEYS:
+        raise ValueError("its process sent a malformed reply")
+    text = values["text"]
+    error = values["error"]
+    if type(text) is not str or not (error is None or type(error) is str):
+        raise ValueError("its process sent malformed text")
+    text = clean(text[: output_limit + MARK])
+    if error is not None:
+        error = clean(error[: output_limit + MARK])
+        if not error.strip():
+            raise ValueError("its process sent a malformed error")
+    frames = _pairs(values["frames"], MAX_FRAMES)
+    frames = [pair for pair in frames if 0 <= pair[1] < count_frames(pair[0])]
+    sizes = _pairs(values["sizes"], MAX_FIGURES)
+    return Result(text, _figures(reply, start, sizes), error, frames)
 
-def _kernel(call, *arguments):
-    """A system call by number, or a C function by name; its value, or OSError."""
-    function, arguments = (_libc.syscall, (call, *arguments)) if isinstance(call, int) else (_libc[call], arguments)
-    value = function(*(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
-    if value < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return value
 
-def _serve(control, videos, trainer, packages, *reads):
-    """Import once, enclose what the children share, fork a child a request, until the trainer is gone."""
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    sys.path += [path for path in packages.split(":") if path not in sys.path]
-    import numpy.fft, numpy.random, PIL.ImageDraw, PIL.ImageEnhance, PIL.ImageFilter, PIL.ImageOps  # noqa: F401
-    from matplotlib import get_cachedir, pyplot
-    if "/matplotlib-" in get_cachedir(): subprocess.run(["rm", "-rf", get_cachedir()])      # made where home is closed
-    with suppress(ImportError):
-        import decord  # noqa: F401
-    Image.preinit()
-    pyplot.title("loads fonts and canvas for all").figure.canvas.draw()
-    pyplot.close("all")
-    if spaces := os.getpid() == 1:
-        root = "/scratch" if any(path.startswith("/tmp/") for path in reads) else "/tmp"
-        _pivot(reads, root)
-    else:                                                       # a shell outlives us, should we be killed as well
-        root = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
-        subprocess.Popen(["sh", "-c", f"read _; {REMOVE}", root], stdin=subprocess.PIPE)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)               # the kernel reaps
-    with suppress(KeyError): _filter()
-    gc.collect()
-    gc.freeze()                                                 # collections in children do not touch shared pages
-    controls = [socket.socket(fileno=int(fd)) for fd in (control, videos)]
-    poller, trainer = select.poll(), int(trainer)
-    for fd in (*controls, trainer): poller.register(fd, select.POLLIN)
-    while trainer not in (ready := dict(poller.poll(None if spaces else 100))):
-        for name in () if spaces else os.listdir(root): _watch(int(name), f"{root}/{name}")
-        for control in (control for control in controls if control.fileno() in ready):
-            if not (requests := control.recv(WAITING)): return  # a few, then watch again
-            for _ in requests:
-                theirs, ours = socket.socketpair()
-                if not (pid := os.fork()):
-                    try:
-                        _child(ours.fileno(), reads, root, spaces, control is controls[1])
-                    finally:
-                        os._exit(1)
-                fds = [theirs.fileno()] + ([os.pidfd_open(pid)] if hasattr(os, "pidfd_open") else [])
-                socket.send_fds(control, [json.dumps((pid, None if spaces else f"{root}/{pid}")).encode()], fds)
-                for fd in (theirs.detach(), ours.detach(), *fds[1:]): os.close(fd)
+def _pairs(values, most):
+    """A list of at most so many pairs of whole numbers."""
+    if type(values) is not list or len(values) > most:
+        raise ValueError("its process sent a malformed reply")
+    for pair in values:
+        if type(pair) is not list or [type(number) for number in pair] != [int, int]:
+            raise ValueError("its process sent a malformed reply")
+    return [tuple(pair) for pair in values]
 
-def _watch(pid, scratch):
-    """Where namespaces are refused, no kernel limit bounds a child's threads and scratch directory: kill instead."""
-    paths, size, maps = [scratch], 0, ""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            state = file.read().rpartition(")")[2].split()
-        for path in islice(paths, FILES + 1):                   # they grow on the way
-            with suppress(FileNotFoundError):
-                size += (info := os.lstat(path)).st_size
-                if stat.S_ISDIR(info.st_mode):
-                    paths += [f"{path}/{name}" for name in os.listdir(path)]
-        for fd in os.listdir(f"/proc/{pid}/fd"):                # deleted files take room while they are open or mapped
-            with suppress(FileNotFoundError):
-                info = os.stat(f"/proc/{pid}/fd/{fd}")
-                size += info.st_size * (info.st_nlink == 0)
-        if state[0] != "T" and time.monotonic() % 1 < 0.1:      # takes a millisecond
-            with open(f"/proc/{pid}/maps") as file: maps = file.read()
-        hidden = re.search(re.escape(scratch) + r"/.* \(deleted\)$", maps, re.MULTILINE)
-        over = int(state[17]) > THREADS or size > SCRATCH or len(paths) > FILES + 1 or hidden
-    except (FileNotFoundError, ProcessLookupError):
-        return                                                  # the process ended
-    except OSError:
-        over = True                                             # a path too long, or closed to us, to hide something
-    if over and int(state[1]) == os.getpid(): os.kill(pid, signal.SIGKILL)
 
-def _pivot(reads, scratch):
-    """A read-only root directory of `reads`, /proc and a place for `scratch`, in the mount namespace that we are in."""
-    _kernel("mount", b"tmpfs", b"/sys", b"tmpfs", 0, b"mode=755")       # on /sys, where no Python lives
-    for name in (scratch, "/proc"): os.mkdir(f"/sys{name}")
-    for name in reads:
-        os.makedirs(f"/sys{name}" if os.path.isdir(name) else f"/sys{os.path.dirname(name)}", exist_ok=True)
-        if not os.path.exists(f"/sys{name}"): os.mknod(f"/sys{name}")
-        _kernel("mount", name.encode(), f"/sys{name}".encode(), None, 0x5000, None)     # MS_BIND | MS_REC
-    with suppress(OSError):                                     # mount_setattr: all read-only and nosuid, but for /proc
-        _kernel(442, -100, b"/sys", 0x8000, struct.pack("4Q", 3, 0, 0, 0), 32)
-    _kernel("mount", b"/proc", b"/sys/proc", None, 0x5000, None)
-    os.chdir("/sys")
-    _kernel("pivot_root", b".", b".")
-    _kernel("umount2", b".", 2)                                 # MNT_DETACH: the old root is gone
+def _figures(reply, start, sizes):
+    """The figures whose pixels begin at `start` and fill the rest of the reply."""
+    images = []
+    left = 3 * MAX_CALL_PIXELS
+    for size in sizes:
+        length = 3 * size[0] * size[1]
+        left -= length
+        if left < 0 or not _is_size(size):
+            raise ValueError("its process sent malformed figures")
+        images.append(Image.frombytes("RGB", size, reply[start : start + length]))
+        start += length
+    if start != len(reply):
+        raise ValueError("its process sent malformed figures")
+    return images
 
-# ---- the child: it encloses itself and runs code
-def _give_up(scratch, spaces):
-    """What can go before the inputs are known: shared mounts, room for bombs, privileges, a life without its parent."""
-    with open("/proc/self/statm") as file:
-        memory = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
-    limits = dict(AS=memory, FSIZE=SCRATCH, NOFILE=DESCRIPTORS, CORE=1)      # 1: not into a pipe either
-    if spaces:
-        limits["NPROC"] = THREADS                               # counted by real uid and user namespace
-        _kernel("unshare", 0x00020000)                          # CLONE_NEWNS
-        _kernel("mount", b"tmpfs", scratch.encode(), b"tmpfs", 14, b"size=%d,nr_inodes=%d,mode=700" % (SCRATCH, FILES))
-        with suppress(OSError):                                 # not root: the user namespace is enough
-            os.setresuid(2 ** 30 + random.getrandbits(29), -1, -1)
-        with suppress(OSError):
-            _kernel("unshare", 0x10000000)                      # CLONE_NEWUSER
-    for name, value in limits.items():
-        with suppress(ValueError):                              # the limit that we have is lower
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    _kernel("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
-    _kernel("prctl", 38, 1, 0, 0, 0)                            # PR_SET_NO_NEW_PRIVS
-    _kernel("prctl", 1, signal.SIGKILL)                         # PR_SET_PDEATHSIG
 
-def _landlock(reads, scratch, videos):
-    """Files: read `reads` and the videos, write in the scratch directory, and nothing else."""
-    abi = _kernel(444, None, 0, 1)
-    every = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1    # all rights over files that this kernel can take away
-    rules = struct.pack("QQQ", every, 3, 3)[:8 if abi < 4 else 16 if abi < 6 else 24]   # and TCP, signals, sockets
-    ruleset = _kernel(444, rules, len(rules), 0)
-    rights = {path: 0xC if os.path.isdir(path) else 4 for path in reads} | {"/dev/null": 6, scratch: 0x75BE}
-    rights = {os.open(path, os.O_PATH): right for path, right in rights.items()}    # 2: write files, 4: read, 8: list
-    for fd, right in {**rights, **dict.fromkeys(videos, 4)}.items():
-        _kernel(445, ruleset, 1, struct.pack("=Qi", right & every, fd), 0)
-    _kernel(446, ruleset, 0)
-    for fd in (ruleset, *rights): os.close(fd)
-
-@functools.cache
-def _filter():
-    """The list of calls in the instructions of the kernel's packet filter, made before the children are: a kernel
-    structure, and the memory that it points to."""
-    machine, clone, fcntl, answers = CALLS[platform.machine()]
-    allow, refuse, load, equal = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50001), 0x20, 0x15
-    tests = {clone: [(load, 0, 0, 16), (0x45, 0, 1, 0x10000), allow, refuse],                   # threads only
-             fcntl: [(load, 0, 0, 24), (equal, 1, 0, 1030), (0x35, 1, 0, 8), allow, refuse]}    # no owner, no signal
-    for error, numbers in answers.items():
-        for first, last in re.findall(r"(\d+)-?(\d*)", numbers):
-            answer = allow if error is None else (6, 0, 0, 0x50000 + error)
-            tests |= {number: [answer] for number in range(int(first), int(last or first) + 1)}
-    program = [(load, 0, 0, 4), (equal, 1, 0, machine), (6, 0, 0, 0x80000000), (load, 0, 0, 0)]
-    for number, answer in tests.items():
-        program += [(equal, 0, len(answer), number), *answer]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in [*program, refuse]))
-    return struct.pack("HP", len(program) + 1, ctypes.addressof(code)), code
-
-def _seccomp(*_):
-    """System calls: those of the list, and nothing else."""
-    _kernel("prctl", 22, 2, _filter()[0], 0, 0)
-
-def _child(channel, reads, root, spaces, videos):
-    """Enclose itself, with the videos that are to be read if there will be any; wait for a job, run calls."""
-    os.dup2(channel, 3)
-    os.closerange(4, 1 << 20)
-    scratch, missing = root if spaces else f"{root}/{os.getpid()}", []
-    if not spaces: os.mkdir(scratch)
-    if sys.platform == "linux": _give_up(scratch, spaces)
-    os.chdir(scratch)
-    os.environ.update(HOME=scratch, TMPDIR=scratch)
-    import numpy
-    numpy.random.seed()
-    sys.argv, sys.modules["__main__"], tempfile.tempdir = [""], types.ModuleType("__main__"), None
-    space = vars(sys.modules["__main__"])
-    console = _Console(space)
-    space.update(plt=console.plt, np=numpy, Image=Image)
-    channel, requests, replies = socket.socket(fileno=3), open(3, "rb", closefd=False), open(3, "wb", closefd=False)
-    videos = socket.recv_fds(channel, 1, 250)[1] if videos else ()
-    space.update({f"video_clue_{k}": _video(k, fd, console) for k, fd in enumerate(videos)})
-    for layer in (_landlock, _seccomp):
-        try:
-            layer(reads, scratch, videos)
-        except (OSError, KeyError, AttributeError) as error:
-            missing.append(f"{layer.__name__[1:]} ({error})")
-    call, console.limit = pickle.load(requests)                 # from here on somebody waits
-    space.update({f"image_clue_{k}": image for k, image in enumerate(pickle.load(requests))})
-    reply = missing, []
-    while True:
-        reply = json.dumps(reply).encode()
-        replies.write(b"".join((HEADER.pack(call, len(reply)), reply, *console.pixels)))
-        replies.flush()
-        call, code, clue, seconds = pickle.load(requests)
-        console.begin(clue)
-        error = _execute(code, space, seconds)
-        io.StringIO.write(console, error or "")
-        reply = console.text(), error and error[-console.limit:], console.frames[:MAX_FRAMES], console.sizes
-
-def _execute(code, space, seconds):
-    """Run in one dict as globals, so that functions and comprehensions see each other. Its traceback, or None."""
-    name, text, start = f"<code {len(linecache.cache)}>", "", time.monotonic()
-    linecache.cache[name] = (len(code), None, code.splitlines(True), name)      # where tracebacks find the source
-    try:
-        signal.signal(signal.SIGALRM, signal.default_int_handler)               # raises KeyboardInterrupt
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        exec(compile(code, name, "exec", dont_inherit=True), space)
-    except SystemExit as stop:
-        print(stop.code if isinstance(stop.code, str) else "", end="")
-    except BaseException as error:
-        trace = traceback.TracebackException(type(error), error, error.__traceback__)
-        trace.stack[:] = [frame for frame in trace.stack if frame.filename != "<stdin>"]
-        paths = "|".join(re.escape(f"{path}/") for path in sys.path if path)
-        text = re.sub(paths, "", re.sub(r"<code \d+>", "<code>", "".join(trace.format())))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    late = time.monotonic() - start >= seconds
-    return text + f"TimeoutError: the code ran for more than {seconds:g} s\n" * late or None
-
-def _video(number, fd, console):
-    """A decord VideoReader that opens at its first use and notes the frames that it decodes."""
-    import decord
-
-    class VideoReader(decord.VideoReader):
-        _handle, _at, __init__ = None, 0, lambda self: None
-        def __getattr__(self, name):                            # what opening would have set, asked for the first time
-            if self._handle is not None or name[:1] != "_" or name[:2] == "__": raise AttributeError(name)
-            try: super().__init__(f"/proc/self/fd/{fd}", num_threads=1)
-            except Exception as error:                          # decord has no class of its own for them all
-                raise OSError(f"video_clue_{number} cannot be read: {str(error).splitlines()[0]}") from None
-            return getattr(self, name)
-        def next(self):
-            console.frames += [(number, self._at)] * (self._at < len(self))
-            self._at += 1
-            return super().next()
-        def get_batch(self, indices):
-            console.frames += [(number, int(k) % len(self)) for k in indices]
-            return super().get_batch(indices)
-        def seek_accurate(self, pos):
-            self._at = range(len(self))[pos]
-            super().seek_accurate(pos)
-        seek, __next__ = seek_accurate, next
-    return VideoReader()
-
-class _Console(io.StringIO):
-    """Standard output and error of the code, and where its figures go, until a reply takes them."""
-    def __init__(self, space):
-        from matplotlib import pyplot
-        super().__init__()
-        self.space, self.plt, self.pixels = space, pyplot, []
-        Image.Image.show = lambda image, *_, **__: self.show(image)
-        pyplot.Figure.show = lambda figure, *_, **__: self.draw(figure)
-        pyplot.show = lambda *_, **__: [self.draw(pyplot.figure(number)) for number in pyplot.get_fignums()][:0] or None
-    def begin(self, clue):
-        self.seek(self.truncate(0))
-        self.clue, self.frames, self.sizes, self.pixels = clue, [], [], []
-        sys.stdout, sys.stderr, sys.stdin = self, self, io.StringIO()
-    def write(self, text):
-        if self.tell() > 100 * self.limit: raise RuntimeError(f"more than {100 * self.limit} characters printed")
-        return super().write(text)
-    def text(self):
-        text, half = self.getvalue(), self.limit // 2
-        cut = len(text) - 2 * half
-        return text if cut <= 0 else f"{text[:half]}\n[… {cut} characters cut …]\n{text[-half:]}"
-    def show(self, image):
-        """Any mode as RGB, scaled down when too large; bound as the next image_clue."""
-        width, height = image.size
-        if not 0 < max(width, height) < MAX_ASPECT * min(width, height):
-            return print(f"[Not shown: {width}x{height} pixels; the aspect ratio must be below {MAX_ASPECT}.]")
-        if len(self.sizes) == MAX_FIGURES: raise RuntimeError(f"more than {MAX_FIGURES} figures in one call")
-        image, scale = _rgb(image), (MAX_PIXELS / (width * height)) ** 0.5
-        if scale < 1: image = image.resize((max(int(width * scale), 1), max(int(height * scale), 1)))
-        self.space[f"image_clue_{self.clue + len(self.sizes)}"] = image
-        self.sizes.append(image.size)
-        self.pixels.append(image.tobytes())
-    def draw(self, figure):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        width, height = figure.get_size_inches() * figure.dpi
-        figure.set_dpi(figure.dpi * min(1, (MAX_PIXELS / (width * height)) ** 0.5))
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        self.plt.close(figure)
-        self.show(Image.fromarray(self.space["np"].asarray(canvas.buffer_rgba())))
-
-def _rgb(image):
-    """Transparent parts become white; more than 8 bits are squeezed into 0–255 where they do not fit."""
-    import numpy
-    if image.mode[0] in "IF":
-        values = numpy.nan_to_num(numpy.asarray(image, float))
-        low, high = min(values.min(), 0), max(values.max(), 255)
-        image = Image.fromarray(((values - low) * (255 / (high - low))).astype("uint8"))
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return (image.getchannel(0) if image.mode == "LAB" else image).convert("RGB")
-
-if __name__ == "__main__": _serve(*sys.argv[1:])
+def _is_size(size):
+    """Whether a figure can have this width and height."""
+    shortest = min(size)
+    longest = max(size)
+    return 0 < shortest and longest < MAX_ASPECT * shortest and shortest * longest <= MAX_PIXELS

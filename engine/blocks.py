@@ -44,6 +44,7 @@ def fenced(text: str, opening: re.Pattern) -> list[str]:
 
 
 def parses(code: str) -> bool:
+    """Is it Python?"""
     try:
         ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -1,88 +1,94 @@
-"""Where on a picture a figure comes from, read from the code that showed it.
+"""Where on image_clue_0 a figure comes from, read from the code that showed it.
 
-What a reader may rely on: a box is given only where it can be told. The code must crop a picture of
-the prompt by plain numbers, as in `image_clue_0.crop((40, 20, 90, 60))`, also by way of variables.
-The figure must have the size of that crop, or its proportions where the code resizes, or be a plot
-in which the crop is drawn. Code is only parsed here, never run.
+What a reader may rely on: a box is given only where it can be told. Code crops the picture by plain
+numbers, as in `image_clue_0.crop((40, 20, 90, 60))`, also by way of variables. It does so as often
+as it shows figures, and each figure has the proportions of its crop, or the crop is what imshow
+draws. Code is only parsed here, never run; it may be anything.
 """
 
 import ast
-import re
+import math
+import warnings
 
-CLUE = re.compile(r"image_clue_(\d+)")
+NOTHING = ast.Constant(None)
+Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
 
-def boxes(t) -> list[list]:
-    """For each turn of a trajectory, for each figure: [picture, left, top, right, bottom] or None.
-
-    picture: its number among the prompt's. The sides are fractions of its width and height.
-    """
-    reader = Reader(t.images[: len(t.sample.images)])
-    return [reader.boxes(turn) for turn in t.turns]
+def crops(code: str | None, figures: list, size: tuple | None = None) -> list[Box | None]:
+    """For each figure of a call its box, or None where unknown. size: of the picture, if known."""
+    reader = Reader()
+    try:
+        with warnings.catch_warnings():  # Python has some to say about odd code
+            warnings.simplefilter("ignore")
+            reader.visit(ast.parse(code or ""))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return [None] * len(figures)
+    boxes = reader.drawn if reader.draws else reader.cropped
+    if len(boxes) != len(figures):
+        return [None] * len(figures)
+    pairs = zip(boxes, figures, strict=True)
+    return [
+        box if box and (reader.draws or fits(box, figure, size)) else None for box, figure in pairs
+    ]
 
 
 class Reader(ast.NodeVisitor):
-    """Reads the code of a trajectory, turn by turn, since variables live on."""
+    """Walks through code in the order in which it runs, and notes what it crops and draws."""
 
-    def __init__(self, pictures: list):
-        self.pictures = pictures
-        self.names = {}  # what each variable was last given
-        self.crops = []  # the crops of a turn, each (box, (width, height) in pixels)
-        self.plots = []  # those that are drawn by imshow
-
-    def boxes(self, turn) -> list:
-        """The box of each figure that a turn showed."""
-        self.crops = []
-        self.plots = []
-        try:
-            self.visit(ast.parse(turn.code or ""))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            pass  # what was read so far stands
-        if len(self.plots) == len(turn.images):
-            return [box for box, _ in self.plots]
-        resized = "resize" in turn.code
-        found = []
-        for figure in turn.images:
-            fitting = [crop for crop in self.crops if fits(figure.size, crop[1], resized)]
-            found.append(fitting[0][0] if fitting else None)
-            if fitting:
-                self.crops.remove(fitting[0])  # two figures of one size are two crops
-        return found
+    def __init__(self):
+        self.values = {}  # what each variable was last given
+        self.cropped = []  # the boxes of all crops
+        self.drawn = []  # those of what imshow draws
+        self.draws = False
 
     def visit_Assign(self, node):
         self.generic_visit(node)
-        self.names[ast.unparse(node.targets[0])] = self.value(node.value)
+        for target in node.targets:
+            self.values[getattr(target, "id", None)] = self.value(node.value)
+
+    def visit_Name(self, node):
+        if isinstance(node.ctx, ast.Store):  # by a loop or the like: it may be anything
+            self.values[node.id] = NOTHING
 
     def visit_Call(self, node):
         self.generic_visit(node)
-        crop = self.crop(node)
-        if crop:
-            self.crops.append(crop)
+        if self.is_crop(node):
+            self.cropped.append(self.box(node))
         if getattr(node.func, "attr", "") == "imshow" and node.args:
-            drawn = self.crop(self.value(node.args[0]))
-            self.plots += [drawn] if drawn else []
+            self.draws = True
+            parts = [self.value(part) for part in ast.walk(self.value(node.args[0]))]
+            self.drawn += [self.box(part) for part in parts if self.is_crop(part)]
 
-    def value(self, node):
+    def value(self, node: ast.AST) -> ast.AST:
         """What a variable was last given, or the expression itself."""
-        return self.names.get(getattr(node, "id", None), node)
+        return self.values.get(node.id, node) if isinstance(node, ast.Name) else node
 
-    def crop(self, node):
-        """(box, size) of a crop by plain numbers; None for all else."""
+    def is_crop(self, node: ast.AST) -> bool:
+        function = getattr(node, "func", None)
+        if getattr(function, "attr", "") != "crop" or not node.args:
+            return False
+        return getattr(self.value(function.value), "id", "") == "image_clue_0"
+
+    def box(self, crop: ast.Call) -> Box | None:
+        """The numbers that code crops by; None where they are computed, or no box."""
         try:
-            clue = CLUE.fullmatch(self.value(node.func.value).id)
-            sides = ast.literal_eval(self.value(node.args[0]))
-            left, top, right, bottom = [round(side) for side in sides]
-            picture = int(clue[1])
-            width, height = self.pictures[picture].size
-        except (AttributeError, TypeError, ValueError, IndexError, OverflowError):
+            sides = ast.literal_eval(self.value(crop.args[0]))
+            left, upper, right, lower = map(float, sides)
+        except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
             return None
-        if node.func.attr != "crop" or right <= left or bottom <= top:
-            return None
-        box = [picture, left / width, top / height, right / width, bottom / height]
-        return [round(side, 4) for side in box], (right - left, bottom - top)
+        wide = math.isfinite(left) and left < right < math.inf
+        high = math.isfinite(upper) and upper < lower < math.inf
+        return (left, upper, right, lower) if wide and high else None
 
 
-def fits(figure: tuple, crop: tuple, resized: bool) -> bool:
-    """Whether a figure's size is a crop's, or has its proportions, but for whole pixels."""
-    difference = figure[0] * crop[1] - figure[1] * crop[0]
-    return figure == crop or resized and abs(difference) <= max(crop)
+def fits(box: Box, figure, size: tuple | None) -> bool:
+    """Has a figure the proportions of the box, to five parts in a hundred?
+
+    One of the picture's own size shows the picture, and not a part of it.
+    """
+    left, upper, right, lower = box
+    if figure.size == size != (right - left, lower - upper):
+        return False
+    wide = (right - left) * figure.height
+    high = (lower - upper) * figure.width
+    return abs(wide - high) < 0.05 * wide

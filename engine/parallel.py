@@ -12,33 +12,26 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
-from torch.utils.checkpoint import checkpoint
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# FSDP2 is imported where it is used: it takes most of a second, and a laptop does without.
+
+
+def prepare() -> None:
+    """Choose this process's device, and how many threads compute."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Threads that wait spin, and the sandboxes need cores.
+        torch.set_num_threads(max(1, os.cpu_count() // 2))
 
 
 def join() -> None:
     """Join torchrun's processes. On a GPU one process alone is a group too: it computes in bf16."""
     cuda = torch.cuda.is_available()
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    elif "OMP_NUM_THREADS" not in os.environ:
-        # Threads that wait spin, and the sandboxes need cores.
-        torch.set_num_threads(max(1, os.cpu_count() // 2))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "WORLD_SIZE" in os.environ and (cuda or several):
+    launched = "WORLD_SIZE" in os.environ
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several or (cuda and launched):
         dist.init_process_group(backend)
     elif cuda:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -81,6 +74,10 @@ def shard(policy, offload: bool = False, checkpoint_activations: bool = False) -
     The weights and buffers are those of process 0. offload: parameters and optimizer live in main
     memory. checkpoint_activations: a layer runs again in backward instead of keeping what it made.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.utils.checkpoint import checkpoint
+
     model = policy.model
     cuda = policy.device.type == "cuda"
     layers = [*model.model.language_model.layers, *model.model.visual.blocks]
@@ -107,17 +104,35 @@ def shard(policy, offload: bool = False, checkpoint_activations: bool = False) -
         dist.broadcast(buffer, 0)
 
 
+def clip_gradients(model, most: float) -> float:
+    """Scale the gradients down to a norm of at most `most` -> the norm before."""
+    weights = list(model.parameters())
+    for weight in weights:
+        if weight.grad is None:  # no image in the batch: that is no matter to the optimizer
+            weight.grad = torch.zeros_like(weight)
+    norm = torch.nn.utils.clip_grad_norm_(weights, most)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def sharded(model) -> bool:
+    """Is the model sharded with FSDP2?"""
+    return hasattr(model, "unshard")
+
+
 def full_weights(model) -> dict:
-    """The whole state dict of a model, sharded or not; on process 0 where it is sharded."""
-    if isinstance(model, FSDPModule):
-        return get_model_state_dict(model, options=WHOLE)
-    return model.state_dict()
+    """The whole state dict of a model; where it is sharded, on process 0 alone."""
+    if not sharded(model):
+        return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
 
 
 @contextmanager
 def whole(model):
     """Every process holds all parameters, so that each may generate at its own pace."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    units = [module for module in model.modules() if sharded(module)]
     for unit in units:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)

@@ -1,9 +1,9 @@
-"""What people see of a run: rollouts.html, and curves.png.
+"""The page of rollouts and the curves: what people look at.
 
-A trajectory becomes a record, one JSON object of texts, numbers and thumbnails. The page, the lines
-of an evaluation's rollouts.jsonl and the held-out lines of a training run are made of records. The
-page is docs/report.html with the records filled in. What a policy wrote is untrusted: on the page
-it is JSON, then text nodes, and no script but the page's own runs.
+A record is a trajectory as the page shows it: plain values, pictures as thumbnails. A line of an
+evaluation's rollouts.jsonl is one. What a reader may rely on: what a policy writes is untrusted, so
+in the page it is JSON, then text nodes, and no script but the page's own runs there. The page is
+one file, fetches nothing, and stays under PAGE_BYTES.
 """
 
 import base64
@@ -11,85 +11,99 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from data import DataError
-from engine.boxes import boxes
-from engine.video import duration, frame_times, middle_frames, show_frames
+from data import DataError, video_info
+from engine.boxes import crops
+from engine.video import frame_times, middle_frames, show_frames
 
-PAGE = Path(__file__).parents[1] / "docs" / "report.html"  # its DATA and DIGEST are filled in
 PAGE_BYTES = 64_000_000  # more than that a phone does not open
-PICTURE = 384  # pixels of the longer side of a prompt's picture
-FIGURE = 256  # and of a figure
-FRAME = 96  # and of a video's frame, of which a strip has at most FRAMES
-FRAMES = 12
-STEPS = 9  # evaluations that the page shows side by side
-OF_GROUP = ("index", "id", "question", "reference", "images", "data_source")
-PANELS = ("loss", "accuracy", "reward", "tool_calls", "response_tokens", "entropy", "grad_norm")
+PAGE = Path(__file__).parents[1] / "docs" / "report.html"  # DATA and DIGEST are filled in
+STRIP = 12  # frames that are shown of a video
+PANELS = (
+    "accuracy",
+    "reward",
+    "tool_calls",
+    "loss",
+    "entropy",
+    "grad_norm",
+    "response_tokens",
+    "visual_tokens",
+)
 
 
-# --------------------------------------------------------------------------------- records
-def thumbnail(image: Image.Image, side: int = FIGURE) -> str:
-    """A data URI of a JPEG whose longer side is at most `side` pixels."""
+def thumbnail(image: Image.Image, side: int = 256) -> str:
+    """A picture as the data URI of a JPEG whose longer side has at most `side` pixels."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=80, subsampling=0)
+    small.save(file, "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def looks(t, pictures: bool = False) -> dict:
-    """Where in its videos a trajectory looked.
+    """Where in its videos a trajectory looked: frames that code decoded, or the context shows.
 
-    For each video: the seconds of the frames that its code decoded or its context shows, the turns
-    in which it first did (0: the prompt), and, with `pictures`, some frames as [second, thumbnail].
+    videos: for each the seconds of these frames, its length in seconds and, with `pictures`, at
+    most a dozen of them as [second, thumbnail].
     """
+    videos = []
     paths = [] if t.error else t.sample.videos
-    videos = [look(t, number, path, pictures) for number, path in enumerate(paths)]
-    frames = [second for video in videos for second in video["looked"]]
+    uniform = t.prompt_images - len(t.sample.images)
+    for number, path in enumerate(paths):
+        times = frame_times(path)
+        info = video_info(path)
+        decoded = {frame for turn in t.turns for video, frame in turn.frames if video == number}
+        in_context = middle_frames(path, uniform // len(paths))
+        # The sandbox says which frames, and what runs there can say anything.
+        frames = sorted(decoded.union(in_context) & set(range(len(times))))
+        some = frames[:: (len(frames) + STRIP - 1) // STRIP or 1] if pictures else []
+        try:
+            shown = zip(some, show_frames(path, some), strict=True)
+            shown = [[seconds(times[k]), thumbnail(image, 96)] for k, image in shown]
+        except DataError:  # the video breaks where the policy looked
+            shown = []
+        looked = [seconds(times[k]) for k in frames]
+        length = info["frames"] / info["fps"]
+        videos.append(dict(looked=looked, seconds=length, shown=shown))
     covered = [len({int(second) for second in video["looked"]}) for video in videos]
-    return dict(videos=videos, frames_looked_at=len(frames), seconds_covered=sum(covered))
-
-
-def look(t, number: int, path: str, pictures: bool) -> dict:
-    """Where in one of its videos a trajectory looked."""
-    times = frame_times(path)
-    uniform = (t.prompt_images - len(t.sample.images)) // len(t.sample.videos)
-    turn_of = dict.fromkeys(middle_frames(path, uniform), 0)
-    for place, turn in enumerate(t.turns, 1):
-        for video, frame in turn.frames:  # what runs in a sandbox can say anything
-            if video == number and frame in range(len(times)):
-                turn_of.setdefault(frame, place)
-    frames = sorted(turn_of)
-    seconds = {frame: round(float(times[frame]), 2) for frame in frames}
-    some = frames[:: -(-len(frames) // FRAMES) or 1] if pictures else []
-    try:
-        images = [thumbnail(image, FRAME) for image in show_frames(path, some)]
-    except DataError:  # the video breaks where the policy looked
-        images = []
     return dict(
-        looked=list(seconds.values()),
-        turns=[turn_of[frame] for frame in frames],
-        seconds=duration(path),
-        shown=[[seconds[frame], image] for frame, image in zip(some, images, strict=False)],
+        videos=videos,
+        frames_looked_at=sum(len(video["looked"]) for video in videos),
+        seconds_covered=sum(covered),
     )
 
 
-def record(t, index: int = 0, repeat: int = 0) -> dict:
-    """All that results and page need of a trajectory. index: of its sample, repeat: within it."""
+def seconds(time) -> float:
+    """A time as the page says it."""
+    return round(float(time), 2)
+
+
+def record(t, index: int = 0, repeat: int = 0, step: int | None = None, fate: str = "") -> dict:
+    """Trajectory -> plain values, pictures as thumbnails: all that results and page need.
+
+    index, repeat: of the question, and of its sample. step: of training. fate: what selection did.
+    """
+    prompt = t.images[: len(t.sample.images)]
+    sizes = [image.size for image in prompt]
     turns = []
-    for turn, places in zip(t.turns, boxes(t), strict=True):
-        images = [thumbnail(image) for image in turn.images]
-        shown = dict(text=turn.text, code=turn.code, output=turn.output, error=turn.error)
-        turns.append(dict(shown, images=images, boxes=places, tokens=turn.n_tokens))
-    pictures = t.images[: len(t.sample.images)]
+    for turn in t.turns:
+        shown = dict(
+            text=turn.text,
+            code=turn.code,
+            output=turn.output or turn.error,
+            failed=turn.error is not None,
+            images=[thumbnail(image) for image in turn.images],
+            boxes=crops(turn.code, turn.images, *sizes[:1]),
+            tokens=turn.n_tokens,
+        )
+        turns.append(shown)
     return dict(
         question=t.sample.question,
-        images=[thumbnail(image, PICTURE) for image in pictures],
+        images=[thumbnail(image) for image in prompt],
+        sizes=sizes,
         **looks(t, pictures=True),
         turns=turns,
         error=t.error,
@@ -98,123 +112,102 @@ def record(t, index: int = 0, repeat: int = 0) -> dict:
         correct=t.correct if t.sample.answer else None,
         reward=t.reward,
         advantage=t.advantage,
-        broken=t.broken,
         tool_calls=t.n_tool_calls,
         visual_tokens=t.visual_tokens,
         response_tokens=sum(t.action_mask),
         end_reason=t.end_reason.value,
         data_source=t.sample.data_source,
+        fate=fate,
+        step=step,
         id=t.sample.id,
         index=index,
         repeat=repeat,
     )
 
 
-def records(trajectories: Iterable, kept: list | None = None) -> list[dict]:
-    """Trajectories as records; those that are records already stay. kept: see `write_report`."""
-    numbers = {}  # of the samples
-    trained = {id(t) for group in kept or () for t in group}
-    found = []
-    for t in trajectories:
-        line = t
-        if not isinstance(t, dict):
-            line = record(t, numbers.setdefault(id(t.sample), len(numbers)))
-        if kept is not None:
-            line["trained"] = id(t) in trained
-        found.append(line)
-    return found
+def step_records(groups: list[list], kept: list[list], step: int) -> list[dict]:
+    """Records of all that a step sampled, with what became of each."""
+    trained = {id(t) for group in kept for t in group}
+    records = []
+    for index, group in enumerate(groups):
+        for repeat, t in enumerate(group):
+            if id(t) in trained:
+                fate = "trained on"
+            elif t.broken:
+                fate = "broken"
+            elif t.advantage is None:
+                fate = "nothing to learn from its group"
+            else:
+                fate = "outranked"
+            records.append(record(t, index, repeat, step, fate))
+    return records
 
 
-# ----------------------------------------------------------------------------- the page of rollouts
-def remember(path: str | Path, step: int, trajectories: Iterable) -> None:
-    """Keep a step's held-out trajectories for the page. A step run again takes its place."""
-    lines = [line for line in read_lines(path) if line["step"] < step]
-    lines += [dict(line, step=step) for line in records(trajectories)]
-    aside = Path(f"{path}.tmp")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    aside.replace(path)
+def write_report(path: Path, records: list, title: str, history: list[dict] = ()) -> None:
+    """One self-contained HTML page of records or trajectories; an even share, if all are too much.
 
-
-def read_lines(path: str | Path) -> list[dict]:
-    """The objects of a file of JSON lines; none where there is no file."""
-    if not Path(path).exists():
-        return []
-    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-
-
-def write_report(
-    path: str | Path,
-    trajectories: Iterable,
-    title: str,
-    kept: list | None = None,
-    heldout: str | Path = "",
-) -> None:
-    """One self-contained page of trajectories or records, in groups. Too many: an even share.
-
-    kept: the groups that `select` chose, for what became of each group. heldout: the file that
-    `remember` wrote, for the same questions at several steps, side by side.
+    history: records of the same questions at several steps, which the page shows side by side.
     """
-    lines = records(trajectories, kept)
-    history = read_lines(heldout) if heldout else []
-    steps = sorted({line["step"] for line in history})
-    places = np.linspace(0, len(steps) - 1, min(STEPS, len(steps)))
-    chosen = {steps[round(place)] for place in places}
-    history = [line for line in history if line["step"] in chosen]
+    numbers = {}  # of the samples
+    lines = []
+    for t in records:
+        known = isinstance(t, dict)
+        lines.append(t if known else record(t, numbers.setdefault(id(t.sample), len(numbers))))
+    size = len(json.dumps([lines, list(history)]))
+    stride = 1 + size // PAGE_BYTES
+    if stride > 1:
+        title += f" (one question of {stride}: more do not fit)"
     content = {
         "title": title,
-        "total": len(lines),
-        "groups": share(grouped(lines), PAGE_BYTES // 2 if history else PAGE_BYTES),
-        "heldout": share(grouped(history), PAGE_BYTES // 2),
+        "trajectories": share(lines, stride),
+        "history": share(history, stride),
     }
+    data = json.dumps(content).replace("<", "\\u003c")
     page = PAGE.read_text("utf-8")
     script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    data = json.dumps(content).replace("<", "\\u003c")
-    Path(path).write_text(page.replace("DIGEST", digest).replace("DATA", data), encoding="utf-8")
+    page = page.replace("DIGEST", digest).replace("DATA", data)
+    Path(path).write_text(page, encoding="utf-8")
 
 
-def grouped(lines: list[dict]) -> list[dict]:
-    """Records of one sample together, with what they share said once."""
-    groups = {}
-    for line in lines:
-        shared = {name: line[name] for name in OF_GROUP}
-        group = groups.setdefault((line["index"], line["id"]), dict(shared, trajectories=[]))
-        own = {name: value for name, value in line.items() if name not in OF_GROUP}
-        group["trajectories"].append(own)
-    return list(groups.values())
+def share(records: list[dict], stride: int) -> list[dict]:
+    """One question of `stride` with all its trajectories; one record, where questions are few."""
+    places = {}
+    for line in records:
+        places.setdefault(line["index"], len(places))
+    if len(places) < stride:
+        return records[::stride]
+    return [line for line in records if places[line["index"]] % stride == 0]
 
 
-def share(groups: list[dict], budget: int) -> list[dict]:
-    """An even share of the groups that fits into so many bytes; of one group, of its rollouts."""
-    while len(json.dumps(groups)) > budget:
-        if len(groups) > 1:
-            groups = groups[::2]
-        else:
-            groups[0]["trajectories"] = groups[0]["trajectories"][::2]
-    return groups
-
-
-# ------------------------------------------------------------------------------------ curves
-def curves(path: str | Path, rows: list[dict]) -> None:
-    """A picture of how a run went: a panel for each of PANELS that the rows of metrics hold."""
+def curves(path: Path, rows: list[dict]) -> None:
+    """How a run went, step by step: a panel for each of PANELS that the rows hold."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    known = {key for row in rows for key in row}
-    names = [name for name in PANELS if name in known]
-    across = (len(names) + 1) // 2 or 1
-    figure, axes = pyplot.subplots(2, across, figsize=(4 * across, 6), layout="constrained")
+    styles = {"{}": "-", "eval_{}": "o-", "eval_{}_greedy": "s--"}
+    lines = {}
+    for name in PANELS:
+        keys = {form.format(name): style for form, style in styles.items()}
+        lines[name] = {key: style for key, style in keys.items() if any(key in row for row in rows)}
+    names = [name for name in PANELS if lines[name]] or ["step"]
+    columns = min(4, len(names))
+    height = -(-len(names) // columns)
+    size = (3.4 * columns, 2.8 * height)
+    figure, axes = pyplot.subplots(
+        height, columns, figsize=size, layout="constrained", squeeze=False
+    )
     for axis, name in zip(axes.flat, names, strict=False):
-        for key, style in ((name, "-"), (f"eval_{name}", "o-"), (f"eval_{name}_greedy", "s--")):
+        for key, style in lines.get(name, {}).items():
             points = [(row["step"], row[key]) for row in rows if key in row]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axis.plot(steps, values, style, ms=4, lw=1, label=key.replace("_", " "))
-        axis.set(xlabel="step")
-        axis.legend(fontsize=8)
+            label = key.replace("_", " ")
+            axis.plot(*zip(*points, strict=True), style, ms=4, lw=1, label=label)
+        axis.set(xlabel="step", title=name.replace("_", " "))
+        if axis.lines:
+            axis.legend(fontsize=7)
     for axis in axes.flat[len(names) :]:
-        axis.remove()
+        axis.set_visible(False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -6,12 +6,8 @@ turn are what makes a laptop fast enough. An image becomes four tokens of 28 x 2
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-)
+
+from engine.checkpoint import quiet
 
 CHAT_TEMPLATE = """{% for m in messages %}{% if loop.first and m.role != 'system' %}\
 <|im_start|>system
@@ -25,6 +21,13 @@ You are a helpful assistant.<|im_end|>
 
 def write_tiny_policy(folder, texts: list[str], seed: int, vocabulary: int) -> None:
     """Write a random policy to `folder`. texts: what its tokenizer is trained on."""
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLImageProcessorPil,
+    )
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,6 +82,8 @@ def write_tiny_policy(folder, texts: list[str], seed: int, vocabulary: int) -> N
         vision_config=vision,
     )
     torch.manual_seed(seed)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    with quiet():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56).save_pretrained(folder)

@@ -7,11 +7,12 @@ that cannot be read.
 """
 
 import functools
+import os
 
 import numpy as np
 from PIL import Image
 
-from data import Sample, open_image, open_video, video_info
+from data import DataError, Sample, open_image, open_video, video_info
 
 
 @functools.lru_cache(maxsize=256)
@@ -19,8 +20,27 @@ def frame_times(path: str) -> np.ndarray:
     """The seconds at which the frames of a video start: (frames,)."""
     with open_video(path) as reader:
         numbers = list(range(len(reader)))
-        starts_and_ends = reader.get_frame_timestamp(numbers)  # (frames, 2)
-        return starts_and_ends[:, 0]
+        times = reader.get_frame_timestamp(numbers)  # (frames, 2): start and end
+    return times[:, 0]
+
+
+def check_video(path: str) -> None:
+    """Raises DataError for a video that vanished, or broke, after `load` had read it.
+
+    What `video_info` and `frame_times` remember of a video does not notice.
+    """
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    _decode_first(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _decode_first(path, size, changed):
+    """Decode the first frame, once for each state that the file is in."""
+    with open_video(path) as reader:
+        reader.next()
 
 
 def duration(path: str) -> float:
@@ -39,8 +59,12 @@ def middle_frames(path: str, count: int) -> list[int]:
 
 def show_frames(path: str, numbers: list[int]) -> list[Image.Image]:
     """Frames of a video, by their numbers from 0, as PIL images."""
+    images = []
     with open_video(path) as reader:
-        return [Image.fromarray(reader[number].asnumpy()) for number in numbers]
+        for number in numbers:
+            pixels = reader[number].asnumpy()
+            images.append(Image.fromarray(pixels))
+    return images
 
 
 def uniform_frames(sample: Sample, frames: int | str) -> tuple[list[float], list[Image.Image]]:
@@ -50,13 +74,16 @@ def uniform_frames(sample: Sample, frames: int | str) -> tuple[list[float], list
     as "1fps". Returns the seconds of the frames, and the context images: the sample's own images,
     then the frames.
     """
-    seconds = []
-    images = [open_image(image) for image in sample.images]
     wanted = str(frames)
     rate = wanted.removesuffix("fps")
+    seconds = []
+    images = [open_image(image) for image in sample.images]
     for path in sample.videos:
-        count = int(rate) if rate == wanted else round(duration(path) * float(rate))
-        numbers = middle_frames(path, max(1, count))
-        seconds += frame_times(path)[numbers].tolist()
+        count = duration(path) * float(rate)
+        if rate == wanted:
+            count = float(rate)
+        numbers = middle_frames(path, max(1, round(count)))
+        times = frame_times(path)[numbers]
+        seconds += times.tolist()
         images += show_frames(path, numbers)
     return seconds, images

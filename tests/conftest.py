@@ -1,4 +1,8 @@
-"""What every test needs: the repository root on the path, one OpenMP thread (threads that wait slow tiny matmuls)."""
+"""What every test needs: the repository root on the path, and one thread of OpenMP.
+
+Matmuls of the tiny policy are so small that threads which wait for each other slow them down.
+"""
+
 import os
 import sys
 from pathlib import Path

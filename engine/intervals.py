@@ -1,0 +1,71 @@
+"""How sure a score is: confidence intervals, by drawing the questions of an evaluation again.
+
+What a reader may rely on: the same samples and seed give the same draws. So two results of the same
+samples can be compared in pairs, which is far more exact than comparing their intervals.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data import DataError, Sample
+
+DRAWS = 1000
+
+
+def bootstrap(summary: Callable, samples: list[Sample], scores, seed: int = 0) -> dict:
+    """scores (k, n) in 0..1 -> {"score": percents (1 + D,), "scores": {name: percents (1 + D,)}}.
+
+    First comes what `summary` (of tasks/benchmarks.py) makes of the k repeats, on average; then
+    what it makes of D resamples of the questions. A question's repeats are drawn together, and so
+    are rows that are one question in several forms.
+    """
+    rng = np.random.default_rng(seed)
+    units = [getattr(sample, "unit", place) for place, sample in enumerate(samples)]
+    names, unit = np.unique(units, return_inverse=True)
+    size = len(names)
+    counts = [np.ones(size)]
+    for _ in range(DRAWS):
+        drawn = rng.integers(0, size, size)
+        counts.append(np.bincount(drawn, minlength=size))
+    weights = np.array(counts)[:, unit]  # (1 + D, n)
+    found = [summary(samples, np.array(repeat), weights) for repeat in scores]
+    parts = {}
+    for name in found[0]["scores"]:
+        parts[name] = np.mean([one["scores"][name] for one in found], 0)
+    return {"score": np.mean([one["score"] for one in found], 0), "scores": parts}
+
+
+def interval(draws) -> list[float]:
+    """95 % of the resamples, but for those (nan) in which there was nothing to count."""
+    bounds = np.nanpercentile(draws[1:], [2.5, 97.5])
+    return np.nan_to_num(bounds).round(2).tolist()
+
+
+def compare(files: tuple) -> str:
+    """Two results.json -> their paired difference with its 95 % interval, and where they differ.
+
+    Raises DataError.
+    """
+    try:
+        a, b = [json.loads(Path(file).read_text("utf-8")) for file in files]
+        if list(a["correct"]) != list(b["correct"]):
+            raise ValueError("they are of different samples")
+        first, second = [np.array([one["score"], *one["draws"]]) for one in (a, b)]  # (1 + D,)
+        low, high = interval(second - first)
+        rights = list(zip(a["correct"], a["correct"].values(), b["correct"].values(), strict=True))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = " ".join(files)
+        raise DataError(
+            f"--compare {names:.100}: not two results of the same samples ({error!r:.150})"
+        ) from error
+    shown = [
+        f"B - A: {second[0] - first[0]:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]; "
+        f"{len(rights)} samples, different:"
+    ]
+    for name, one, other in rights:
+        if one != other:
+            shown.append(f"  {name}: A {one:g}, B {other:g}")
+    return "\n".join(shown)

@@ -1,0 +1,377 @@
+"""What a run leaves in its folder, besides checkpoints, and what it says on the terminal.
+
+What a reader may rely on: only process 0 writes. The folder is locked while a run lives in it.
+metrics.jsonl gets a line a step, at once. On a terminal there is one bar for the whole job; in a
+file there are only lines. A line has at most 100 columns.
+"""
+
+import errno
+import fcntl
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import DataError
+from engine.batching import flat
+from engine.checkpoint import FullDisk
+from engine.flags import parse_flags, stop
+from engine.report import curves, record, step_records, write_report
+
+PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib", "av")
+WIDTH = 100  # columns of the terminal
+SHOWN = dict(  # what one wants to see of a step, by stage, and what it is called there
+    rl=dict(
+        accuracy="accuracy",
+        reward="reward",
+        tool_calls="calls",
+        eval_accuracy="held-out",
+        eval_accuracy_greedy="greedy",
+    ),
+    sft=dict(loss="loss", demonstrations_skipped="skipped"),
+)
+EXPECTED = dict(  # regular expressions of what a setting may be
+    task="image|video|image,video|video,image",
+    frames=r"|[1-9]\d*|[\d.]+fps",
+)
+LEAST = dict(  # of a setting
+    group_size=2,  # one trajectory has no group's mean to differ from
+    steps=1,
+    batch_size=1,
+    oversample=1,
+    max_turns=1,
+    max_new_tokens=1,
+    minibatches=1,
+    keep=1,
+    tokens_per_microbatch=1,
+    temperature=0.01,
+    lr=0,
+)
+LOCKS = []  # open files: a lock is held as long as its file is open
+
+
+class NoProgress(RuntimeError):
+    """A run that goes nowhere was ended."""
+
+
+def leader() -> bool:
+    """Is this the first process? Known from the environment, before the processes have joined."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(text: str) -> None:
+    """A line on the terminal, above the bar, from process 0."""
+    if leader():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def greet(config, samples, held) -> None:
+    """Say what is going to happen, before anything slow."""
+    data = f"{config.data}, {len(samples)} rows" if config.data else f"puzzles, {config.task}"
+    processes = os.environ.get("WORLD_SIZE", "1")
+    say(f"policy   {config.model or 'the built-in tiny one, for the built-in puzzles'}")
+    say(f"data     {data}; {len(held)} held out")
+    say(f"run      {config.steps} steps of {config.stage} in {config.out}; processes: {processes}")
+    if not config.model:
+        say("time     the default run takes 4 to 10 minutes on two cores, with its cold start")
+    if config.data and not config.model:
+        say("note     --data without --model trains the tiny policy, no model for photographs")
+
+
+@contextmanager
+def one_line_errors(*bad_input):
+    """Around a command: what goes wrong is one line, and Ctrl-C ends it at once.
+
+    Exit codes: 2 for bad input (DataError, and errors of the classes in `bad_input`), 1 where the
+    run cannot go on, 130 after Ctrl-C.
+    """
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    except (DataError, *bad_input) as error:
+        stop(str(error), 2)
+    except (FullDisk, NoProgress) as error:
+        stop(str(error), 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        stop(f"{error}; checkpoints are whole (--resume)", 1)
+
+
+def interrupted(*_) -> None:
+    """What runs at the time may be a library that turns KeyboardInterrupt into an error of its own.
+
+    So the process ends here. Its sandboxes end with it, and checkpoints are complete or absent.
+    """
+    os.write(2, b"stopped; the same command with --resume goes on from the last checkpoint\n")
+    os._exit(130)
+
+
+# ------------------------------------------------------------------------------------- the settings
+def settle(cls: type, argv, laptop):
+    """Flags -> settings, with what they leave open from elsewhere. Raises DataError.
+
+    Under --resume that is the run in --out. Without --model it is `laptop`.
+    """
+    asked = parse_flags(cls, argv)
+    words = [*asked.task.split(","), *filter(None, [asked.frames])]
+    out = Path(asked.out or f"runs/{'_'.join(words)}")
+    default = cls() if asked.model else laptop
+    if asked.resume:
+        default = earlier(cls, out)
+    config = parse_flags(cls, argv, default)
+    config.out = str(out)
+    config.name = config.name or f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if asked.resume:
+        if (config.stage, config.task) != (default.stage, default.task):
+            raise DataError(f"{out} holds a run of stage {default.stage}, task {default.task}")
+        now = asdict(config)
+        before = [f"--{name} {old}" for name, old in asdict(default).items() if now[name] != old]
+        if before:
+            say(f"going on with other settings; they were {' '.join(before)}")
+    return config
+
+
+def earlier(cls: type, out: Path):
+    """The settings of the run in `out`. Raises DataError where there is none to go on with."""
+    try:
+        saved = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", "") or "it is not JSON"
+        raise DataError(f"--resume: no run to go on with in {out}: config.json: {why}") from None
+    known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
+    return cls(**{**known, "out": str(out), "resume": True})
+
+
+def check(config) -> None:
+    """Hold a run's settings against what they may be. Raises DataError."""
+    for name, pattern in EXPECTED.items():
+        value = getattr(config, name)
+        if not re.fullmatch(pattern, value):
+            raise DataError(f"--{name} {value}: expected {pattern}")
+    for name, bound in LEAST.items():
+        value = getattr(config, name)
+        if not value >= bound:
+            raise DataError(f"--{name} {value}: must be at least {bound}")
+    tracker = config.tracker
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise DataError(f"--tracker {tracker} is not installed: pip install {tracker}")
+
+
+def open_folder(out: Path) -> None:
+    """Make the folder and lock it until this process ends. Raises DataError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if leader():
+            lock = open(out / "lock", "w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKS.append(lock)
+    except BlockingIOError:
+        raise DataError(f"--out {out}: another run is working there; give another --out") from None
+    except OSError as error:
+        raise DataError(f"--out {out} cannot be used: {error.strerror}") from None
+
+
+def versions() -> dict:
+    """Versions of Python and of what computes, and the commit of this code, where known."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found["commit"] = subprocess.check_output(command, cwd=here, stderr=-3, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["commit"] = None
+    return found
+
+
+# ------------------------------------------------------------------------------------- the terminal
+class Progress:
+    """One bar for a job of several parts, each of so many steps that take so long.
+
+    The seconds need only be right against each other: the bar's pace is measured.
+    """
+
+    def __init__(self, parts: dict):
+        """parts: name -> (steps, seconds a step)."""
+        self.parts = parts
+        self.total = sum(steps * seconds for steps, seconds in parts.values())
+        self.done = 0.0
+        self.began = time.monotonic()
+        form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
+        hidden = not (leader() and sys.stderr.isatty())
+        self.bar = tqdm(total=self.total, disable=hidden, bar_format=form, ncols=WIDTH)
+
+    def skip(self, part: str, steps: int) -> None:
+        """Steps of a part were done before this job began."""
+        self.total -= steps * self.parts[part][1]
+        self.bar.total = self.total
+
+    def step(self, part: str) -> None:
+        """A step of a part is done."""
+        seconds = self.parts[part][1]
+        self.done += seconds
+        self.bar.set_description_str(part, refresh=False)
+        self.bar.update(seconds)
+
+    def line(self, part: str, stage: str, metrics: dict) -> str:
+        """A step in words, and the time that is left."""
+        words = [f"{part} {metrics['step']}/{self.parts[part][0]}"]
+        for key, name in SHOWN[stage].items():
+            if key in metrics:
+                words.append(f"{name} {metrics[key]:.2f}")
+        seconds = metrics["seconds_rollout"] + metrics["seconds_update"]
+        elapsed = time.monotonic() - self.began
+        left = int(elapsed * max(0.0, self.total / self.done - 1))
+        words.append(f"{seconds:.1f} s  {left // 60}:{left % 60:02} left")
+        return "  ".join(words)[:WIDTH]
+
+
+class Journal:
+    """What a run writes down: a row a step, a line a step, pictures when something is saved."""
+
+    def __init__(self, config, progress: Progress, part: str, rows: list[dict]):
+        """part: the name of this run's steps in the progress of the job. rows: earlier steps."""
+        self.config = config
+        self.out = Path(config.out)
+        self.progress = progress
+        self.part = part
+        self.rows = rows
+        self.unreadable = set()  # what was said of files that cannot be read
+        self.track = None
+        self.finish = None
+
+    def begin(self) -> None:
+        """Write config.json, and metrics.jsonl as far as it goes; open the tracker."""
+        self.progress.skip(self.part, max((row["step"] for row in self.rows), default=0))
+        if leader():
+            settings = json.dumps({**asdict(self.config), "versions": versions()}, indent=1)
+            rows = "".join(json.dumps(row) + "\n" for row in self.rows)
+            for name, text in {"config.json": settings + "\n", "metrics.jsonl": rows}.items():
+                unfinished = self.out / "unfinished.txt"
+                unfinished.write_text(text)
+                unfinished.rename(self.out / name)
+            if self.config.tracker:
+                self.track, self.finish = tracker(self.config)
+
+    def log(self, metrics: dict, groups: list, kept: list, pictures: bool) -> None:
+        """Note a step. groups: all that was sampled, of which `kept` were trained on.
+
+        Raises NoProgress where nothing was to be trained on, or no gradient was finite, step after
+        step. It does so on every process.
+        """
+        self.rows.append(metrics)
+        self.progress.step(self.part)
+        say(self.progress.line(self.part, self.config.stage, metrics))
+        if self.config.stage == "rl":  # in sft it is said of the demonstration
+            self.name_unreadable(flat(groups))
+        gap = metrics.get("logprob_gap", 0.0)
+        if gap > 0.01:
+            say(f"warning: rollout and update disagree on log-probs by {gap:.3f} on average")
+        if leader():
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+            if pictures:
+                self.draw(groups, kept)
+            if self.track:
+                self.track(metrics, pictures)
+        self.check(kept)
+
+    def name_unreadable(self, trajectories: list) -> None:
+        """Say, once for each file, what of the data cannot be read."""
+        for t in trajectories:
+            if t.error and t.error not in self.unreadable:
+                self.unreadable.add(t.error)
+                say(f"sample {t.sample.id} cannot be read: {t.error:.200}")
+
+    def remember(self, step: int, held: list) -> None:
+        """Keep how the held-out questions were answered at a step, for the page."""
+        if leader():
+            with open(self.out / "heldout.jsonl", "a" if step else "w") as file:
+                for index, t in enumerate(held):
+                    file.write(json.dumps(record(t, index, 0, step)) + "\n")
+
+    def draw(self, groups: list, kept: list) -> None:
+        """curves.png and rollouts.html as they are now."""
+        step = self.rows[-1]["step"]
+        heldout = self.out / "heldout.jsonl"
+        lines = heldout.read_text().splitlines() if heldout.exists() else []
+        history = {}  # a resumed run may have answered again
+        for line in map(json.loads, lines):
+            if line["step"] <= step:
+                history[line["step"], line["id"]] = line
+        records = step_records(groups, kept, step)
+        curves(self.out / "curves.png", self.rows)
+        page = self.out / "rollouts.html"
+        write_report(page, records, f"{self.out.name}, step {step}", list(history.values()))
+
+    def check(self, kept: list) -> None:
+        """End a run that goes nowhere."""
+        recent = [row for row in self.rows if row["step"]][-10:]
+        if len(recent) == 10 and not any(row["trajectories_trained"] for row in recent):
+            raise NoProgress(
+                "10 steps in a row had nothing to train on: every group's rewards are equal, or it "
+                "is broken. Are the questions too hard or too easy? (or --keep_zero_variance)"
+            )
+        if len(recent) >= 5 and all(row["updates_skipped"] for row in recent[-5:]):
+            place = self.out / "nonfinite.pt"
+            if leader():
+                torch.save(kept, place)
+            raise NoProgress(f"the gradient was not finite in 5 steps; what it came from: {place}")
+
+    def end(self) -> None:
+        """Say what came of it, and which files to open; close the tracker."""
+        if self.finish:
+            self.finish()
+        found = [row["eval_accuracy"] for row in self.rows if "eval_accuracy" in row]
+        if len(found) > 1:
+            say(f"held-out accuracy {found[0]:.2f} before, {found[-1]:.2f} after")
+        say(f"open {self.out}/curves.png and {self.out}/rollouts.html")
+
+
+def tracker(config):
+    """How to log to the package that --tracker names: log(metrics, pictures), and finish()."""
+    curves_png = str(Path(config.out, "curves.png"))
+    if config.tracker == "tensorboard":
+        from matplotlib.image import imread
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(config.out)
+
+        def log(metrics, pictures):
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, metrics["step"])
+            if pictures:
+                image = imread(curves_png)
+                writer.add_image("curves", image, metrics["step"], dataformats="HWC")
+            writer.flush()
+
+        return log, writer.close
+    package = importlib.import_module(config.tracker)  # wandb and trackio share these calls
+    about = dict(project="pyvision-rl", name=config.name, config=asdict(config), resume="allow")
+    if config.tracker == "wandb":
+        about["id"] = config.name
+    package.init(**about)
+
+    def log(metrics, pictures):
+        shown = {"curves": package.Image(curves_png)} if pictures else {}
+        package.log({**metrics, **shown}, step=metrics["step"])
+
+    return log, package.finish
