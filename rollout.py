@@ -38,7 +38,7 @@ class Limits:
     max_turns: int = 5  # turns, the last of which can only answer: 4 tool calls
     max_new_tokens: int = 10_240  # new tokens a turn
     max_context: int = 52_480  # tokens of a trajectory; paper: 32,000 prompt + 20,480 response
-    max_images: int = 32  # images in the context
+    max_images: int = 32  # images in the context; those of --frames are not counted
     temperature: float = 1.0  # of sampling; 0 is greedy
     top_p: float = 1.0  # of sampling; the gradient is always of the whole distribution
     top_k: int = 0  # of sampling, 0: all tokens; the gradient is of the whole distribution
@@ -78,7 +78,10 @@ class Turn:
 
 @dataclass(eq=False)
 class Trajectory:
-    """The one record that travels: filled by rollout, score and select, read by update."""
+    """The one record that travels: filled by rollout, score and select, read by update.
+
+    It has T tokens, of which the policy sampled A.
+    """
 
     sample: Sample
     tokens: list = field(default_factory=list)  # ids of prompt, actions and observations (T)
@@ -145,7 +148,8 @@ def rollout(
     limits, and `changes` of its fields: what a trajectory may take. tools=False: answer directly.
     templates: prompt templates by name. on_turn(trajectory) is called after every turn. seed: of
     the random numbers that code draws. A sample that cannot be read becomes trajectories with
-    `error` set. Nothing that a policy does raises.
+    `error` set. Nothing that a policy does raises. Raises SandboxError where the machine can run
+    no code.
     """
     limits = replace(limits, **changes)
     tools = tools and not limits.frames
@@ -175,7 +179,7 @@ def ongoing(trajectories: list[Trajectory]) -> list[Trajectory]:
     return [t for t in trajectories if t.end_reason is EndReason.ONGOING]
 
 
-def ask(policy, group, limits, tools, templates) -> None:
+def ask(policy, group, limits, tools, templates):
     """Give every trajectory of a group its prompt, or the reason why there is none."""
     sample = group[0].sample
     try:
@@ -201,7 +205,7 @@ def ask(policy, group, limits, tools, templates) -> None:
             t.end_reason = EndReason.OVER_LENGTH
 
 
-def take_action(policy, toolbox, limits, tools, t, action) -> None:
+def take_action(policy, toolbox, limits, tools, t, action):
     """Append an action and start its code; called the moment the trajectory stops."""
     text = policy.tokenizer.decode(action.ids, skip_special_tokens=True)
     answered = "</answer>" in text
@@ -223,7 +227,7 @@ def take_action(policy, toolbox, limits, tools, t, action) -> None:
         toolbox.start(t, code)
 
 
-def observe(policy, toolbox, limits, t) -> None:
+def observe(policy, toolbox, limits, t):
     """Append what the code returned: whole or, where it does not fit, not at all."""
     turn = t.turns[-1]
     began = time.perf_counter()
@@ -255,8 +259,8 @@ def observe(policy, toolbox, limits, t) -> None:
 class Tools:
     """The sandboxes of a batch, one a trajectory. Calls of different trajectories run concurrently.
 
-    They are made while the policy reads its prompts, since a first call would wait for that, and
-    they end in the background.
+    They start while the prompts are fed, so that the first call need not wait for them, and they
+    end in the background.
     """
 
     def __init__(self, trajectories: list[Trajectory], limits: Limits, seed: int):
@@ -290,7 +294,7 @@ class Tools:
         warm(len(self.trajectories) - films, False)
         warm(films, True)
 
-    def start(self, t: Trajectory, code: str) -> None:
+    def start(self, t: Trajectory, code: str):
         """Run code in the trajectory's sandbox, in the background."""
         made = self.boxes[t]
         self.calls[t] = self.threads.submit(lambda: made.result().run(code))
@@ -299,7 +303,7 @@ class Tools:
         """Wait for the trajectory's call. Raises OSError where its video cannot be opened."""
         return self.calls.pop(t).result()
 
-    def close(self, t: Trajectory, wait: bool = False) -> None:
+    def close(self, t: Trajectory, wait: bool = False):
         """End the trajectory's sandbox: in the background, or now with the call that it runs."""
         box = self.boxes.pop(t, None)
         if box is None or box.cancel():
@@ -310,7 +314,7 @@ class Tools:
             self.threads.submit(end, box)
 
 
-def end(box) -> None:
+def end(box):
     """Close a sandbox, once it is made."""
     if not box.exception():
         box.result().close()

@@ -46,10 +46,10 @@ from engine.session import HEADER, JSON_SIZE, MAX_FRAMES
 
 KEYS = {"text", "error", "frames", "sizes"}  # of a reply
 warm = _pool.warm  # have some processes ready, while the policy generates
-RESTARTED = """[Restarted: earlier variables, imports and files are lost; the inputs and the figures \
-that were shown are bound again.]
+RESTARTED = """[Restarted: earlier variables, imports and files are lost; the inputs and the \
+figures that were shown are bound again.]
 """
-FEW = (errno.EMFILE, errno.ENFILE)  # no descriptor is left
+FEW = errno.EMFILE, errno.ENFILE  # no descriptor is left
 GRACE = 0.25  # seconds from the timeout, which the child ends by itself, to the kill
 MARK = 99  # characters of text that a reply may have above its limit: the note of what was cut
 SHOWN_PIXELS = 32_000_000  # of figures that are bound again after a restart, the last ones
@@ -117,7 +117,8 @@ class Sandbox(AbstractContextManager):
         self.closed = False
         self._images = images if isinstance(images, Packed) else Packed(images)
         self._clue = self._images.count  # the number of the next figure
-        self._shown = {}  # number -> figure
+        self._shown = {}  # number -> figure, to be bound again after a restart
+        self._shown_pixels = 0
         self._limit = output_limit
         self._seed = seed
         self._frame_counts = {}  # of the videos, asked for when a call decodes frames
@@ -147,9 +148,7 @@ class Sandbox(AbstractContextManager):
                 notice = RESTARTED
             result = self._call(code)
             result.text = notice + result.text
-            for image in result.images:
-                self._shown[self._clue] = image
-                self._clue += 1
+            self._keep(result.images)
             return result
 
     def _call(self, code):
@@ -220,7 +219,7 @@ class Sandbox(AbstractContextManager):
             if videos:
                 descriptors = [file.fileno() for file in videos]
                 socket.send_fds(self._child.channel, [b"v" * len(videos)], descriptors)
-            inputs = self._images.bytes + pickle.dumps(self._last_shown())
+            inputs = self._images.bytes + pickle.dumps(self._shown)
             answer = json.loads(self._exchange((self._limit, self._seed), START, inputs))
             if isinstance(answer, str):  # it failed, and says why
                 raise OSError(answer)
@@ -230,14 +229,15 @@ class Sandbox(AbstractContextManager):
         missing, self._printed_at = answer
         return missing
 
-    def _last_shown(self):
-        """The figures to bind again: the last ones, within a bound."""
-        pixels = 0
-        for clue, image in sorted(self._shown.items(), reverse=True):
-            pixels += image.width * image.height
-            if pixels > SHOWN_PIXELS:
-                del self._shown[clue]
-        return self._shown
+    def _keep(self, images):
+        """Remember figures for a restart, the last ones within a bound."""
+        for image in images:
+            self._shown[self._clue] = image
+            self._clue += 1
+            self._shown_pixels += image.width * image.height
+        while self._shown_pixels > SHOWN_PIXELS:
+            oldest = self._shown.pop(min(self._shown))
+            self._shown_pixels -= oldest.width * oldest.height
 
     def _count_frames(self, video):
         """How many frames a video has; 0 if there is no such video or it cannot be read."""
@@ -354,4 +354,4 @@ def _is_size(size):
     """Whether a figure can have this width and height."""
     shortest = min(size)
     longest = max(size)
-    return 0 < shortest and longest < MAX_ASPECT * shortest and shortest * longest <= MAX_PIXELS
+    return shortest > 0 and longest < MAX_ASPECT * shortest and shortest * longest <= MAX_PIXELS

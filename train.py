@@ -1,9 +1,10 @@
 """Reinforcement learning of an agent that looks with Python: GRPO without std normalisation.
 
-One step: collect (sample twice the prompts that are trained on, G rollouts each) -> select (drop
+One step: collect (sample twice the prompts that are trained on, G rollouts each) -> choose (drop
 what the environment broke and groups that teach nothing, keep those with the largest reward std) ->
-update (PPO-clipped policy gradient, token-mean over the whole optimizer step) -> log -> evaluate ->
-save. What is not here, and why:
+update (PPO-clipped policy gradient, token-mean over the whole optimizer step) -> evaluate -> log ->
+save. Where it says (PAPER), a value or a formula is that of arXiv 2602.20739.
+What is not here, and why:
   - No KL term and no reference model, no entropy bonus, no value network: the paper has none.
   - No division by the std of the rewards (--normalize_std brings it back): it fluctuates.
   - No separate log-prob pass: the sampler's log-probs are the old ones. `logprob_gap` in
@@ -62,11 +63,11 @@ class Config(Limits):
     seed: int = 0  # of puzzles, data order, weights of the tiny policy, sampling
     steps: int = 700  # optimizer steps
     batch_size: int = 16  # prompts a step trains on, over all processes
-    oversample: float = 2.0  # prompts sampled, times batch_size
+    oversample: float = 2.0  # prompts sampled, in multiples of batch_size
     max_oversample: float = 4.0  # where too few groups teach: sample up to this times batch_size
     group_size: int = 8  # rollouts a prompt
-    max_pixels: int = 2_000_000  # of an image, as the model sees it
-    tool_reward: float = 0.1  # reward a tool call of a correct trajectory
+    max_pixels: int = 2_000_000  # an image is scaled down to at most so many
+    tool_reward: float = 0.1  # what each tool call adds to the reward of a right answer
     rank: Literal["std", "random"] = "std"  # which groups are kept: std, or random (ablation)
     normalize_std: bool = False  # divide advantages by the group's reward std (ablation)
     keep_zero_variance: bool = False  # keep groups whose rewards are all equal
@@ -74,7 +75,7 @@ class Config(Limits):
     warmup: int = 0  # steps of linear warm-up
     weight_decay: float = 0.0  # AdamW weight decay
     clip: float = 0.2  # PPO ratio clip
-    dual_clip: float = 3.0  # bound on the loss of negative advantages
+    dual_clip: float = 3.0  # where A < 0, a token's objective is at least this times A
     max_grad_norm: float = 1.0  # gradient clipping
     minibatches: int = 1  # optimizer updates a batch
     tokens_per_microbatch: int = 16_384  # packed tokens of one forward and backward
@@ -106,7 +107,7 @@ LAPTOP = Config(
     timeout=10.0,
     tokens_per_microbatch=2048,
 )
-EVAL_BATCH = 64  # held-out samples that run at a time
+EVAL_BATCH = 64  # held-out samples that run at a time, over all processes
 SHOWN = 16  # held-out samples that the page follows through training
 
 
@@ -157,7 +158,7 @@ class Run:
         progress = progress or Progress({part: (config.steps, 1.0)})
         self.journal = Journal(config, progress, part, self.rows)
 
-    def due(self, every: int) -> bool:
+    def due(self, every: int):
         """Is something due that happens every so many steps, and at the end?"""
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
@@ -180,7 +181,7 @@ class Run:
         )
         return groups
 
-    def save(self) -> None:
+    def save(self):
         """Write a checkpoint, and what --resume needs. All processes call it."""
         progress = dict(step=self.step, position=self.position, rows=self.rows)
         save_state(
@@ -224,8 +225,8 @@ def collect(run: Run) -> list:
     most = max(target, round(config.max_oversample * config.batch_size))
     while len(groups) < target:
         samples = [sample for _, sample in prompts(run, target - len(groups))]
-        seed = config.seed + run.position
-        groups += parallel.gather(run.rollout(samples, config.group_size, seed=seed))
+        fresh = run.rollout(samples, config.group_size, seed=config.seed + run.position)
+        groups += parallel.gather(fresh)
         useful = sum(teaches(group, config.keep_zero_variance) for group in groups)
         if useful < config.batch_size:
             target = min(target + config.batch_size, most)
@@ -233,7 +234,11 @@ def collect(run: Run) -> list:
 
 
 def recite(run: Run) -> list:
-    """Groups of one: demonstrations whose code really ran, with advantage 1."""
+    """Groups of one: demonstrations whose code really ran.
+
+    They may have as many turns as they have, whatever --max_turns says. Their advantage is 1, for
+    the page alone: the loss of this stage has none.
+    """
     wanted = list(prompts(run, run.config.batch_size))
     new = {row: sample for row, sample in wanted if row not in run.demonstrations}
     samples = list(new.values())
@@ -362,14 +367,14 @@ def update(run: Run, groups: list) -> dict:
 def held_out(run: Run) -> dict:
     """How it does on the held-out samples, sampled as in training and greedily."""
     metrics = {}
-    mine = run.held[parallel.rank() :: parallel.world()]
     for kind, temperature in (("", run.config.temperature), ("_greedy", 0.0)):
         done = []
         undisturbed = run.policy.generator.get_state()
         run.policy.generator.manual_seed(0)
-        for start in range(0, len(mine), EVAL_BATCH):
-            batch = mine[start : start + EVAL_BATCH]
-            done += flat(run.rollout(batch, 1, temperature=temperature))
+        for start in range(0, len(run.held), EVAL_BATCH):  # as many rounds on every process
+            batch = run.held[start : start + EVAL_BATCH]
+            mine = batch[parallel.rank() :: parallel.world()]
+            done += flat(run.rollout(mine, 1, temperature=temperature))
         run.policy.generator.set_state(undisturbed)
         done = parallel.gather(done)
         if not kind:
@@ -383,7 +388,7 @@ def held_out(run: Run) -> dict:
 
 
 # --------------------------------------------------------------------------------------------- loop
-def train(run: Run) -> None:
+def train(run: Run):
     """collect -> select -> update -> evaluate -> log -> save, until `steps` or a SIGTERM."""
     config = run.config
     while run.step < config.steps:
@@ -423,14 +428,15 @@ def configure(argv: list[str] | None = None) -> Config:
     return config
 
 
-def cold_start(config: Config, folder: Path, progress: Progress) -> None:
+def cold_start(config: Config, folder: Path, progress: Progress):
     """Make the tiny policy: teach it to see and to look, by SFT on scripted demonstrations."""
-    aside = folder.with_name(folder.name + ".tmp")
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     for part, stage, samples in stages(config, aside):
         run = Run(stage, samples, progress=progress, part=part)
         train(run)
         save_policy(run.policy, aside)
-    aside.rename(folder)
+    if not folder.exists():  # another run may have been faster
+        aside.rename(folder)
 
 
 def begin(config: Config) -> Run:
@@ -459,13 +465,13 @@ def begin(config: Config) -> Run:
     parallel.join()
     run = Run(config, samples, held, resume, progress)
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "terminated", True))
-    if held and not run.rows:
+    if held and config.eval_every and not run.rows:
         run.rows.append(dict(step=0, **held_out(run)))
     run.journal.begin()
     return run
 
 
-def main() -> None:
+def main():
     """Train as the command line says."""
     with one_line_errors(SandboxError):
         run = begin(configure())

@@ -129,10 +129,15 @@ class FlashOnCPU(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         grads = [torch.zeros_like(x) for x in (query, key, value)]
         for causal, queries, keys in ctx.calls:
-            own = [x[:, :, queries] for x in (grad, query)]
-            seen = [x[:, :, keys] for x in (key, value)]
-            merged = [x[:, :, queries] for x in (out, lse)]
-            parts = FLASH_BACKWARD(*own, *seen, *merged, 0.0, causal, scale=ctx.scale)
+            inputs = (
+                grad[:, :, queries],
+                query[:, :, queries],
+                key[:, :, keys],
+                value[:, :, keys],
+                out[:, :, queries],
+                lse[:, :, queries],
+            )
+            parts = FLASH_BACKWARD(*inputs, 0.0, causal, scale=ctx.scale)
             grads[0][:, :, queries] += parts[0]
             grads[1][:, :, keys] += parts[1]
             grads[2][:, :, keys] += parts[2]
@@ -169,10 +174,11 @@ def padded_attention(
     if causal:
         bias = bias.repeat_interleave(shared, 1)
     # The heads that share a key head become queries of it, so that each key is read once.
-    queries = rows(query, cu_seq_q, max_q)
+    [queries] = rows([query], cu_seq_q, max_q)
     queries = queries.unflatten(2, (-1, shared)).transpose(1, 2)
-    key = rows(key, cu_seq_k, max_k).transpose(1, 2)
-    value = rows(value, cu_seq_k, max_k).transpose(1, 2)
+    key, value = rows([key, value], cu_seq_k, max_k)
+    key = key.transpose(1, 2)
+    value = value.transpose(1, 2)
     kernel = plain_kernel if query.is_cuda else FLASH
     queries = queries.flatten(2, 3)
     out, lse = kernel(queries, key, value, attn_mask=bias[:, None], scale=scale)
@@ -187,20 +193,20 @@ def padded_attention(
     return out.flatten(1, 2), lse.flatten(1, 2).t()
 
 
-def rows(x, cu_seq, length):
-    """The first `length` of each packed sequence, (B, length, ...): a view if x is a cache.
+def rows(tensors, cu_seq, length):
+    """The first `length` of each packed sequence, (B, length, ...): views if these are a cache.
 
     What follows a shorter sequence is whatever lies there.
     """
     strides = set(cu_seq.diff().tolist())
     if len(strides) == 1 and max(strides) >= length:
-        whole = x.unflatten(0, (len(cu_seq) - 1, -1))
-        return whole[:, :length]
-    column = torch.arange(length, device=x.device)
+        shape = (len(cu_seq) - 1, -1)
+        return [x.unflatten(0, shape)[:, :length] for x in tensors]
+    column = torch.arange(length, device=cu_seq.device)
     place = cu_seq[:-1, None] + column
-    place = place.clamp(max=len(x) - 1)
-    picked = x.index_select(0, place.flatten())
-    return picked.unflatten(0, place.shape)
+    place = place.clamp(max=len(tensors[0]) - 1)
+    picked = [x.index_select(0, place.flatten()) for x in tensors]
+    return [x.unflatten(0, place.shape) for x in picked]
 
 
 def plain_kernel(query, key, value, attn_mask, scale):

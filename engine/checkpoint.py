@@ -245,7 +245,9 @@ def load_state(file: Path, policy, optimizer) -> dict:
 
     state = torch.load(file, mmap=True, weights_only=True)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weight_decay = optimizer.param_groups[0]["weight_decay"]  # may be another one now
     set_optimizer_state_dict(policy.model, optimizer, state.pop("optimizer"), options=whole)
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
     generators = state.pop("generators")
     if len(generators) == world():
         policy.generator.set_state(generators[rank()])

@@ -53,6 +53,8 @@ class Demonstrations:
     def update(self, fresh: dict) -> None:
         """Keep {row: trajectory}; the oldest leave where it becomes too much."""
         for row, t in fresh.items():
+            if t.error is not None:  # its file may be readable the next time
+                continue
             kept = copy.copy(t)
             kept.images = t.images[t.prompt_images :]
             self.kept[row] = kept

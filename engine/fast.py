@@ -35,7 +35,7 @@ from engine.parallel import sharded
 
 HEAD_LOGITS = 2**26  # logits that exist at a time in training: 440 tokens of V = 152k
 FEED_TOKENS = 8_192  # tokens of one forward in generation
-ROOM = 16  # tokens that a cache has to spare, and half of what it had, when it grows
+ROOM = 64  # tokens that a cache has to spare, and half of what it had, when it grows
 
 
 # ------------------------------------------------------------------------- how packed tokens attend
@@ -58,8 +58,10 @@ class Cache:
 
     def write(self, layer, key, value, row, slot, longest):
         """Token i of key and value (N, Hk, D) goes to [row[i], slot[i]]."""
-        empty = key.new_zeros(len(self.used), 0, *key.shape[1:])
-        kept = self.layers.get(layer, [empty, empty])
+        if layer not in self.layers:
+            empty = key.new_zeros(len(self.used), 0, *key.shape[1:])
+            self.layers[layer] = [empty, empty]
+        kept = self.layers[layer]
         capacity = kept[0].shape[1]
         if capacity < longest:
             more = longest - capacity + capacity // 2 + ROOM

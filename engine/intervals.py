@@ -49,23 +49,34 @@ def compare(files: tuple) -> str:
 
     Raises DataError.
     """
-    try:
-        a, b = [json.loads(Path(file).read_text("utf-8")) for file in files]
-        if list(a["correct"]) != list(b["correct"]):
-            raise ValueError("they are of different samples")
-        first, second = [np.array([one["score"], *one["draws"]]) for one in (a, b)]  # (1 + D,)
-        low, high = interval(second - first)
-        rights = list(zip(a["correct"], a["correct"].values(), b["correct"].values(), strict=True))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        names = " ".join(files)
-        raise DataError(
-            f"--compare {names:.100}: not two results of the same samples ({error!r:.150})"
-        ) from error
+    if len(files) != 2:
+        raise DataError(f"--compare takes two results.json, not {' '.join(files) or 'none':.150}")
+    a, b = [read_result(file) for file in files]
+    if list(a["correct"]) != list(b["correct"]):
+        raise DataError(f"--compare: {str(files[1])[-150:]} is of other samples than the first one")
+    drawn = b["draws"] - a["draws"]  # both drew the same questions
+    low, high = interval(drawn)
     shown = [
-        f"B - A: {second[0] - first[0]:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]; "
-        f"{len(rights)} samples, different:"
+        f"B - A: {drawn[0]:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]; "
+        f"{len(a['correct'])} samples, different:"
     ]
-    for name, one, other in rights:
-        if one != other:
-            shown.append(f"  {name}: A {one:g}, B {other:g}")
+    for name, right in a["correct"].items():
+        other = b["correct"][name]
+        if right != other:
+            shown.append(f"  {name}: A {right:g}, B {other:g}")
     return "\n".join(shown)
+
+
+def read_result(file: str) -> dict:
+    """correct: {sample: score}, and draws (1 + D,) of a results.json. Raises DataError."""
+    try:
+        found = json.loads(Path(file).read_text("utf-8"))
+        draws = np.array([found["score"], *found["draws"]], dtype=float)
+        correct = {name: float(right) for name, right in found["correct"].items()}
+        if len(draws) != 1 + DRAWS:
+            raise ValueError(f"{len(draws) - 1} draws, not {DRAWS}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"--compare {str(file)[-150:]}: not the results.json of an evaluation ({error!r:.60})"
+        ) from None
+    return dict(correct=correct, draws=draws)

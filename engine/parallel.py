@@ -108,7 +108,7 @@ def clip_gradients(model, most: float) -> float:
     """Scale the gradients down to a norm of at most `most` -> the norm before."""
     weights = list(model.parameters())
     for weight in weights:
-        if weight.grad is None:  # no image in the batch: that is no matter to the optimizer
+        if weight.grad is None:  # no image here; other processes may have one, and all step alike
             weight.grad = torch.zeros_like(weight)
     norm = torch.nn.utils.clip_grad_norm_(weights, most)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

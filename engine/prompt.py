@@ -28,8 +28,8 @@ BUILT_IN = {"direct": DIRECT_PROMPT, "image": AGENT_PROMPT, "video": AGENT_PROMP
 def load_templates(path: str | Path) -> dict[str, str] | None:
     """A JSON object of name -> text with {query}, {width}, {height}, {video_info}, {image_info}.
 
-    None without a path. Other braces are text, doubled ones are halved. A name is a data_source, or "image", "video" or
-    "direct"; one template alone serves for all. Raises DataError.
+    None without a path. Other braces are text, doubled ones are halved. A name is a data_source, or
+    "image", "video" or "direct"; one template alone serves for all. Raises DataError.
     """
     if not path:
         return None

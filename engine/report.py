@@ -53,8 +53,11 @@ def looks(t, pictures: bool = False) -> dict:
     paths = [] if t.error else t.sample.videos
     uniform = t.prompt_images - len(t.sample.images)
     for number, path in enumerate(paths):
-        times = frame_times(path)
-        info = video_info(path)
+        try:
+            times = frame_times(path)
+            info = video_info(path)
+        except DataError:  # it vanished since
+            continue
         decoded = {frame for turn in t.turns for video, frame in turn.frames if video == number}
         in_context = middle_frames(path, uniform // len(paths))
         # The sandbox says which frames, and what runs there can say anything.

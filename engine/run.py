@@ -44,7 +44,7 @@ SHOWN = dict(  # what one wants to see of a step, by stage, and what it is calle
 )
 EXPECTED = dict(  # regular expressions of what a setting may be
     task="image|video|image,video|video,image",
-    frames=r"|[1-9]\d*|[\d.]+fps",
+    frames=r"|[1-9]\d*|(\d+\.?\d*|\.\d+)fps",
 )
 LEAST = dict(  # of a setting
     group_size=2,  # one trajectory has no group's mean to differ from
@@ -57,6 +57,10 @@ LEAST = dict(  # of a setting
     keep=1,
     tokens_per_microbatch=1,
     temperature=0.01,
+    top_p=0.001,
+    top_k=0,
+    timeout=0.001,
+    warmup=0,
     lr=0,
 )
 LOCKS = []  # open files: a lock is held as long as its file is open

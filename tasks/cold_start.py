@@ -9,6 +9,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
+from engine.prompt import load_templates
 from model import tiny_policy
 from tasks.puzzles import ANSWER, captions, corpus, demonstrations, read_difficulty
 
@@ -23,9 +24,11 @@ SECONDS = dict(captions=0.3, demonstrations=0.4, rl=2.0, sft=1.0)  # about, a st
 def cold_start_folder(config) -> Path:
     """Where the tiny policy's cold start for these settings is, or is to be made."""
     name = f"cold_start_{config.task.replace(',', '_')}"
-    if config.frames or config.difficulty:
+    if config.frames or config.difficulty or config.prompt_template:
         difficulty = config.difficulty and read_difficulty(config.difficulty)
         made_for = [config.task, config.frames, difficulty]
+        if config.prompt_template:
+            made_for.append(load_templates(config.prompt_template))
         name += f"_{zlib.crc32(repr(made_for).encode()):08x}"
     return Path(config.out).parent / f"{name}_seed{config.seed}"
 

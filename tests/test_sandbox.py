@@ -1,10 +1,10 @@
-"""The sandbox: what code can do, and attacks that must fail. An attack is judged by its effect, not by its error.
+"""The sandbox: what code can do, and attacks that must fail.
 
-The last test runs the attacks again as another user and where creating namespaces is refused.
+An attack is judged by its effect and not by its error. The last test runs the attacks again as
+another user and where creating namespaces is refused.
 """
 
 import contextlib
-import ctypes
 import gc
 import glob
 import json
@@ -48,7 +48,7 @@ needs_video = pytest.mark.skipif(not VIDEO.exists(), reason="no video beside the
 
 @pytest.fixture(scope="module")
 def box():
-    """One sandbox for tests that leave it alive; after one that does not, the next call starts afresh."""
+    """One sandbox for many tests; after one that ended it, the next call starts afresh."""
     with Sandbox([Image.new("RGB", (448, 336), "red")], timeout=20) as box:
         yield box
 
@@ -82,13 +82,15 @@ def secret(tmp_path):
 
 
 def attack(box, code, **names):
-    """Run code in which each line is tried by itself, with `names` bound; all that it could print."""
+    """Run code in which each line is tried by itself, with `names` bound; what it could print."""
     lines = [line for line in textwrap.dedent(code).splitlines() if line]
     head = "".join(f"{name} = {value!r}\n" for name, value in names.items())
     return box.run(
         head
         + textwrap.dedent("""
-        import ctypes, errno, glob, mmap, os, pathlib, shutil, signal, socket, struct, subprocess, sys, threading, time
+        import ctypes, errno, glob, mmap, os, pathlib, shutil, signal, socket, struct, subprocess
+        import sys, threading, time
+        def shared_memory(): return __import__('multiprocessing.shared_memory').shared_memory
         libc = ctypes.CDLL(None, use_errno=True)
         for line in LINES:
             try:
@@ -127,7 +129,7 @@ def host_pid(box):
 
 
 def scratch_folders():
-    """Scratch directories on disk, where there are no namespaces: each is named after its process."""
+    """Scratch folders on disk, where there are no namespaces: named after their processes."""
     return glob.glob(tempfile.gettempdir() + "/sandbox-*/*")
 
 
@@ -269,11 +271,13 @@ def test_figures_come_in_order_and_are_bound(fresh):
     ]
     assert len(result.images) == 5
     text = box.run(
-        "print(image_clue_1.mode, image_clue_2.getpixel((0, 0)), image_clue_4.size, image_clue_6.size)"
+        "print(image_clue_1.mode, image_clue_2.getpixel((0, 0)), image_clue_4.size, "
+        "image_clue_6.size)"
     ).text
     assert text == f"L (0, 0, 255) (30, 20) {result.images[4].size}\n"
     result = box.run(
-        "picture = Image.new('RGB', (5, 5), 'red'); picture.show(); picture.paste('blue', (0, 0, 5, 5))\n"
+        "picture = Image.new('RGB', (5, 5), 'red'); picture.show(); picture.paste('blue', (0, 0, "
+        "5, 5))\n"
         "print(image_clue_7.getpixel((0, 0)))"
     )
     assert result.text == "(255, 0, 0)\n" and result.images[0].getpixel((0, 0)) == (255, 0, 0)
@@ -283,7 +287,25 @@ def test_figures_come_in_order_and_are_bound(fresh):
 
 
 def test_images_of_every_mode(box):
-    modes = "1 L P RGB RGBA CMYK YCbCr LAB HSV I F LA PA RGBX RGBa La I;16".split()
+    modes = [
+        "1",
+        "L",
+        "P",
+        "RGB",
+        "RGBA",
+        "CMYK",
+        "YCbCr",
+        "LAB",
+        "HSV",
+        "I",
+        "F",
+        "LA",
+        "PA",
+        "RGBX",
+        "RGBa",
+        "La",
+        "I;16",
+    ]
     result = box.run(f"for mode in {modes}:\n    Image.new(mode, (20, 10)).show()")
     assert result.error is None
     assert [(image.mode, image.size) for image in result.images] == [("RGB", (20, 10))] * len(modes)
@@ -308,7 +330,7 @@ def test_inputs_arrive_unchanged(fresh):
     )
     images = [noise.convert(mode) if mode != "P" else noise.quantize(9) for mode in modes]
     box = fresh(images)
-    for k, (mode, image) in enumerate(zip(modes, images)):
+    for k, (mode, image) in enumerate(zip(modes, images, strict=True)):
         text = box.run(
             f"i = image_clue_{k}; print(i.mode, i.size, list(i.convert('RGB').tobytes()))"
         ).text
@@ -317,7 +339,8 @@ def test_inputs_arrive_unchanged(fresh):
 
 def test_too_large_and_too_thin_figures(box):
     result = box.run(
-        "Image.new('RGB', (5000, 3000)).show()\nplt.figure(figsize=(100, 80), dpi=300); plt.show()\n"
+        "Image.new('RGB', (5000, 3000)).show()\n"
+        "plt.figure(figsize=(100, 80), dpi=300); plt.show()\n"
         "print('on')"
     )
     assert [image.width * image.height <= 2_000_000 for image in result.images] == [True, True]
@@ -343,13 +366,16 @@ def test_too_large_and_too_thin_figures(box):
 def test_threads_and_scratch_files(fresh):
     code = """
     import concurrent.futures, os, shutil, tempfile, threading
-    with concurrent.futures.ThreadPoolExecutor(4) as pool: print(sum(pool.map(lambda i: i * i, range(10))))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        print(sum(pool.map(lambda i: i * i, range(10))))
     image_clue_0.save('a.png'); shutil.copy('a.png', 'b.png'); os.makedirs('deep/er', exist_ok=True)
     np.save('deep/er/x.npy', np.arange(3))
     print(Image.open('b.png').size, np.load('deep/er/x.npy'), sorted(os.listdir('.')))
     with tempfile.NamedTemporaryFile('w') as file: file.write('x')
-    shutil.copy2('a.png', 'd.png'); shutil.copytree('deep', 'tree'); shutil.move('d.png', 'tree'); shutil.rmtree('tree')
-    os.rename('b.png', 'c.png'); os.remove('c.png'); shutil.rmtree('deep'); os.remove('a.png'); print(os.listdir('.'))
+    shutil.copy2('a.png', 'd.png'); shutil.copytree('deep', 'tree')
+    shutil.move('d.png', 'tree'); shutil.rmtree('tree')
+    os.rename('b.png', 'c.png'); os.remove('c.png'); shutil.rmtree('deep'); os.remove('a.png')
+    print(os.listdir('.'))
     """
     text = fresh([Image.new("RGB", (448, 336))]).run(textwrap.dedent(code)).text
     assert text == "285\n(448, 336) [0 1 2] ['a.png', 'b.png', 'deep']\n[]\n"
@@ -424,9 +450,9 @@ def test_files_elsewhere_cannot_be_read(box, secret):
         open('/proc/%d/cwd/README.md' % trainer).read()
         open('/proc/self/root' + path).read()
         (os.chdir(os.path.dirname(path)), open(os.path.basename(path)).read())
-        os.read(os.open(os.path.basename(path), os.O_RDONLY, dir_fd=os.open(os.path.dirname(path), os.O_PATH)), 99)
+        os.read(os.open('answers.json', 0, dir_fd=os.open(os.path.dirname(path), os.O_PATH)), 99)
         open('/proc/self/fd/%d' % os.open(path, os.O_PATH)).read()
-        os.sendfile(os.open('out', os.O_CREAT | os.O_WRONLY), os.open(path, os.O_PATH), 0, 99) and open('out').read()
+        os.sendfile(os.open('out', 65), os.open(path, os.O_PATH), 0, 99) and open('out').read()
         libc.syscall(304, -100, 0, 0)
         ctypes.CDLL(path)
         __import__('decord').VideoReader(path)
@@ -436,8 +462,10 @@ def test_files_elsewhere_cannot_be_read(box, secret):
     )
     assert text.count("->") == 20 and SECRET not in text
     private = (
-        "/etc/passwd /etc/hostname /proc/cpuinfo /proc/self/mountinfo /proc/self/maps /proc/version /dev/kmsg "
-        "/proc/1/environ /proc/1/maps /proc/1/mem /proc/sys/kernel/hostname /proc/net/tcp /proc/keys /dev/ptmx"
+        "/etc/passwd /etc/hostname /proc/cpuinfo /proc/self/mountinfo /proc/self/maps "
+        "/proc/version /dev/kmsg "
+        "/proc/1/environ /proc/1/maps /proc/1/mem /proc/sys/kernel/hostname /proc/net/tcp "
+        "/proc/keys /dev/ptmx"
     )
     for path in (
         __file__,
@@ -489,7 +517,8 @@ def test_a_checkout_inside_pythons_installation_and_projects_on_its_path_are_not
         Path(folder, "answers.json").write_text(SECRET)
         os.chmod(folder, 0o755)
         code = (
-            "import sandbox, sys; sys.path.append(sys.argv[1]); box = sandbox.Sandbox()\nfor path in sys.argv[2:]: "
+            "import sandbox, sys; sys.path.append(sys.argv[1]); box = sandbox.Sandbox()\n"
+            "for path in sys.argv[2:]: "
             "print(box.run(f'print(open({path!r}).read())').text)\n"
             "print(box.run('import numpy.ma; print(6 * 7)').text)"
         )
@@ -515,7 +544,7 @@ def test_nothing_of_the_trainer_shows(fresh, secret):
                 dict(os.environ)
                 {k: v for k, v in os.environb.items()}
                 ctypes.c_char_p.in_dll(libc, 'program_invocation_name').value
-                [libc.getenv(name) for name in (b'TRAINER_SECRET', b'HOME')], ctypes.c_void_p.in_dll(libc, 'environ')
+                [libc.getenv(name) for name in (b'TRAINER_SECRET', b'HOME')]
                 (f := libc.getenv, setattr(f, 'restype', ctypes.c_char_p), f(b'TRAINER_SECRET'))
                 sys.argv, sys.orig_argv
                 open('/proc/self/environ').read()
@@ -528,7 +557,7 @@ def test_nothing_of_the_trainer_shows(fresh, secret):
                 os.listdir('/proc/%d/fd' % trainer)
                 [os.pread(fd, 99, 0) for fd in range(3) if not os.isatty(fd)]
                 open('/dev/shm/' + shm).read()
-                __import__('multiprocessing.shared_memory').shared_memory.SharedMemory(shm).buf.tobytes()
+                shared_memory().SharedMemory(shm).buf.tobytes()
                 libc.shmget(1, 1, 0o1666) >= 0 and 'shm'
                 open('/proc/%d/fd/%d' % (trainer, fd)).read()
                 """,
@@ -571,7 +600,8 @@ def test_sandboxes_do_not_see_each_other(box, fresh):
     pids = [*map(int, seen.split()), host_pid(other)]
     text = box.run(
         f"import os\nfor pid in {pids}:\n    if pid == os.getpid(): continue\n"
-        "    for name in 'environ maps mem cmdline cwd/file root/tmp/file fd/3 fdinfo/3 task'.split():\n"
+        "    for name in 'environ maps mem cmdline cwd/file root/tmp/file fd/3 fdinfo/3 "
+        "task'.split():\n"
         "        for find in (lambda path: open(path, 'rb').read(64), os.listdir, os.readlink):\n"
         "            try: print('found', name, find(f'/proc/{pid}/{name}'))\n"
         "            except OSError: pass\n"
@@ -641,20 +671,28 @@ def test_nothing_elsewhere_can_be_written(box, secret):
 @pytest.mark.parametrize(
     "code",
     [
-        "data = b'x' * 2 ** 20\nfor k in range(10000):\n    with open(f'f{k % 20}', 'ab') as file: file.write(data)",
+        "data = b'x' * 2 ** 20\nfor k in range(10000):\n"
+        "    with open(f'f{k % 20}', 'ab') as file: file.write(data)",
         "with open('a', 'wb') as file:\n    while True: file.write(bytes(2 ** 20))",
         "import os, time\nopened = []\nfor k in range(3):\n    opened.append(open('x', 'wb'))\n"
-        "    opened[k].write(bytes(60 << 20)); opened[k].flush(); os.remove('x')\ntime.sleep(3)\nprint('ALIVE')",
-        "import mmap, os, time\nmapped = []\nfor k in range(3):\n    with open('x', 'w+b') as file:\n"
-        "        file.write(bytes(60 << 20)); file.flush(); mapped.append(mmap.mmap(file.fileno(), 4096))\n"
+        "    opened[k].write(bytes(60 << 20)); opened[k].flush(); os.remove('x')\ntime.sleep(3)\n"
+        "print('ALIVE')",
+        "import mmap, os, time\nmapped = []\nfor k in range(3):\n"
+        "    with open('x', 'w+b') as file:\n"
+        "        file.write(bytes(60 << 20)); file.flush(); mapped.append(mmap.mmap(file.fileno(), "
+        "4096))\n"
         "    os.remove('x')\ntime.sleep(3)\nprint('ALIVE')",
         "import ctypes, errno\nlibc, file = ctypes.CDLL(None, use_errno=True), open('x', 'wb')\n"
-        "libc.fallocate(file.fileno(), 1, 0, ctypes.c_long(1 << 30)) == 0 and print('ALIVE')\nraise OSError",
+        "libc.fallocate(file.fileno(), 1, 0, ctypes.c_long(1 << 30)) == 0 and print('ALIVE')\n"
+        "raise OSError",
         "import os\nfor k in range(10 ** 9): os.close(os.open(f'f{k}', os.O_CREAT))",
         "import os\nwhile True: os.mkdir('d'); os.chdir('d')",
-        "import os, time\nfor _ in range(50): os.mkdir('d' * 200); os.chdir('d' * 200)\nopen('hidden', 'w').write('x')\n"
+        "import os, time\nfor _ in range(50): os.mkdir('d' * 200); os.chdir('d' * 200)\n"
+        "open('hidden', 'w').write('x')\n"
         "for k in range(10 ** 9): os.close(os.open(f'f{k}', os.O_CREAT))",
-        "import os, time\nos.mkdir('closed', 0o300); os.chdir('closed'); os.mkdir('closed', 0o300); os.chdir('closed')\n"
+        "import os, time\n"
+        "os.mkdir('closed', 0o300); os.chdir('closed'); os.mkdir('closed', 0o300); "
+        "os.chdir('closed')\n"
         "for k in range(10 ** 9): os.close(os.open(f'f{k}', os.O_CREAT))",
     ],
 )
@@ -793,7 +831,7 @@ def test_other_processes_are_out_of_reach(box):
             __import__('fcntl').fcntl(os.pipe()[0], 8, victim)
             globals().update(p=os.pipe(), f=__import__('fcntl').fcntl)
             (f(p[0], 10, 9), f(p[0], 8, victim), f(p[0], 4, 0o20000), os.write(p[1], b'x'))
-            libc.syscall(310, victim, ctypes.create_string_buffer(16), 1, ctypes.create_string_buffer(16), 1, 0)
+            (b := ctypes.create_string_buffer(16), libc.syscall(310, victim, b, 1, b, 1, 0))
             open('/proc/%d/mem' % victim, 'r+b')
             """,
             victim=victim.pid,
@@ -876,7 +914,8 @@ def test_privileges_are_gone(box):
             "x32 getpid": 0x40000027,
         }
         result = box.run(
-            "import ctypes\nlibc, b = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(256)"
+            "import ctypes\n"
+            "libc, b = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(256)"
             f"\nfor name, number in {calls}.items():\n"
             "    print(name, libc.syscall(number, b, b, b, b, b), ctypes.get_errno())"
         )
@@ -916,11 +955,13 @@ def test_the_tables_of_system_calls_are_the_kernels():
     "code, error",
     [
         (
-            "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
+            "import threading, time\n"
+            "while True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
             "",
         ),
         (
-            "import threading\ndef more():\n    for _ in range(9): threading.Thread(target=more, daemon=True).start()\n"
+            "import threading\ndef more():\n"
+            "    for _ in range(9): threading.Thread(target=more, daemon=True).start()\n"
             "more()\nwhile True: pass",
             "",
         ),
@@ -1058,8 +1099,10 @@ threading.Thread(target=answer).start()
 
 
 def within(fresh, code, seconds=0.5):
-    """The result of code with a timeout of `seconds`, in a sandbox of its own that was asked before; its text then.
-    Half a second later it must be there: on a busy machine at the third attempt."""
+    """The result of code that runs into a timeout, and the text of the call after it.
+
+    Half a second after the timeout it must be there; on a busy machine at the third attempt.
+    """
     for attempt in range(3):
         box = fresh([Image.new("RGB", (9, 7))], timeout=seconds)
         box.run("lost = 1")
@@ -1148,12 +1191,15 @@ def test_fuzzed_replies(fresh, monkeypatch):
         "while True: pass",
         "import time; time.sleep(60)",
         "while True:\n    try:\n        while True: len('x')\n    except BaseException: x = 1",
-        "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: time.sleep(1)",
-        "import signal, time\nfor s in (14, 15, 2): signal.signal(s, signal.SIG_IGN)\ntime.sleep(60)",
+        "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n"
+        "while True: time.sleep(1)",
+        "import signal, time\nfor s in (14, 15, 2): signal.signal(s, signal.SIG_IGN)\n"
+        "time.sleep(60)",
         "import re; re.match('(a*)*b', 'a' * 40)",
         "sum(range(10 ** 12))",
         "import os; r, w = os.pipe(); os.read(r, 1)",
-        "import threading; threading.Thread(target=lambda: __import__('time').sleep(60)).start()\nwhile True: pass",
+        "import threading; threading.Thread(target=lambda: __import__('time').sleep(60)).start()\n"
+        "while True: pass",
         "class A:\n    def __del__(self):\n        while True: pass\nA()",
         "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E",
     ],
@@ -1235,15 +1281,21 @@ def test_many_cycles_leave_nothing(fresh):
     assert eventually(lambda: state() == before), (before, state())
 
 
+def running():
+    """The numbers of all processes that did not end."""
+    return {pid for pid, (*_, state) in processes().items() if state != "Z"}
+
+
 def survivors(*signals):
-    """Trainers with busy, sleeping and orphaned code at once, each ended by one of the signals: nothing may be left."""
+    """Nothing is left of trainers with busy, sleeping and orphaned code, ended by signals."""
     leave = 60 if platform.machine() == "x86_64" else 93  # exit, of the main thread only
     code = (
         "import sandbox, threading\nboxes = [sandbox.Sandbox(timeout=99) for _ in range(4)]\n"
         'boxes[0].run(\'open("x", "w").write("x")\')\n'
         "orphans = 'import ctypes, threading\\ndef spin():\\n  while True: pass\\n"
         f"threading.Thread(target=spin).start(); ctypes.CDLL(None).syscall({leave}, 0)'\n"
-        "for code, box in zip(('while True: pass', 'import time; time.sleep(99)', orphans), boxes[1:]):\n"
+        "for code, box in zip(('while True: pass', 'import time; time.sleep(99)', orphans), "
+        "boxes[1:]):\n"
         "  threading.Thread(target=box.run, args=(code,), daemon=True).start()\n"
         "print('ready', flush=True); threading.Event().wait()"
     )
@@ -1257,7 +1309,7 @@ def survivors(*signals):
         )
         for _ in signals
     ]
-    for trainer, number in zip(trainers, signals):
+    for trainer, number in zip(trainers, signals, strict=True):
         assert trainer.stdout.readline() == "ready\n"
         time.sleep(0.2)
         children = family(trainer.pid)
@@ -1269,15 +1321,9 @@ def survivors(*signals):
         except subprocess.TimeoutExpired:  # Python's own end can hang over daemon threads; seen
             trainer.kill(), trainer.wait()  # once in sixty runs after SIGINT
         trainer.stdout.close()
-        assert eventually(
-            lambda: (
-                not children & {pid for pid, (*_, state) in processes().items() if state != "Z"}
-            ),
-            30,
-        )
-        assert eventually(
-            lambda: not any(os.path.exists(os.path.dirname(path)) for path in folders), 30
-        )
+        assert eventually(lambda pids=children: not pids & running(), 30)
+        roots = [os.path.dirname(path) for path in folders]
+        assert eventually(lambda roots=roots: not any(map(os.path.exists, roots)), 30)
     assert not glob.glob(tempfile.gettempdir() + "/matplotlib-*")  # made for users without a home
 
 
@@ -1304,7 +1350,8 @@ def test_a_trainer_without_standard_streams(tmp_path):
     os.getuid() or subprocess.call(["unshare", "-m", "true"]), reason="mounts need root"
 )
 def test_a_trainer_without_home_and_with_nowhere_to_write():
-    code = 'import sandbox; print(sandbox.Sandbox().run(\'open("x", "w").write("x"); print(6 * 7)\').text)'
+    inside = "open('x', 'w').write('x'); print(6 * 7)"
+    code = f"import sandbox; print(sandbox.Sandbox().run({inside!r}).text)"
     script = (
         'for folder in /tmp /var/tmp /dev/shm "$0"; do mount --bind $folder $folder; '
         'mount -o remount,ro,bind $folder; done; exec env -u HOME -u TMPDIR "$@"'
@@ -1435,15 +1482,17 @@ def test_many_at_once_from_threads(fresh):
 # ---- where it must refuse, and where it must hold ----
 
 REFUSE = """
-# Run a command where some system calls are refused: {number: the first argument at which, or None for all}.
+# Run a command where some system calls are refused:
+# {number: the first argument at which, or None for all}.
 import ctypes, os, struct, sys
 libc, steps = ctypes.CDLL(None), [(0x20, 0, 0, 0)]
 for number, first in eval(sys.argv[1]).items():
     test = [] if first is None else [(0x20, 0, 0, 16), (0x15, 0, 1, first)]
     steps += [(0x15, 0, len(test) + 2, number), *test, (6, 0, 0, 0x50001), (0x20, 0, 0, 0)]
-code = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *step) for step in steps + [(6, 0, 0, 0x7FFF0000)]))
+steps.append((6, 0, 0, 0x7FFF0000))
+code = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *step) for step in steps))
 libc.prctl(38, 1, 0, 0, 0)
-assert libc.prctl(22, 2, struct.pack('HP', len(steps) + 1, ctypes.addressof(code)), 0, 0) == 0
+assert libc.prctl(22, 2, struct.pack('HP', len(steps), ctypes.addressof(code)), 0, 0) == 0
 os.execv(sys.argv[2], sys.argv[2:])
 """
 UNSHARE, PRCTL, MOUNT = (272, 157, 165) if platform.machine() == "x86_64" else (97, 167, 40)
@@ -1451,7 +1500,8 @@ UNSHARE, PRCTL, MOUNT = (272, 157, 165) if platform.machine() == "x86_64" else (
 
 def test_a_missing_layer_is_refused_and_named():
     code = (
-        "import sandbox, warnings\ntry: sandbox.Sandbox()\nexcept sandbox.SandboxError as e: print('refused', e)\n"
+        "import sandbox, warnings\ntry: sandbox.Sandbox()\n"
+        "except sandbox.SandboxError as e: print('refused', e)\n"
         "with warnings.catch_warnings(record=True) as w:\n    warnings.simplefilter('always')\n"
         "    print(sandbox.Sandbox(unsafe=True).run('print(40 + 2)').text, *(x.message for x in w))"
     )
@@ -1536,7 +1586,10 @@ def elsewhere(tmp_path, tests):
 
 
 def shown(tmp_path):
-    """Shell commands that show Python and the checkout to another user where they lie in a closed home, and go on."""
+    """Shell commands that show Python and the checkout to another user, and go on.
+
+    They are needed where these lie in a closed home.
+    """
     closed = {}
     for path in sorted({Path(sys.base_prefix), Path(sys.prefix), ROOT}):
         for folder in (*reversed(path.parents), path):

@@ -4,18 +4,15 @@ As in test_sandbox.py, the last test runs them again as another user and without
 """
 
 import errno
-import fcntl
 import json
 import os
 import platform
 import random
 import re
 import signal
-import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import unicodedata
@@ -25,10 +22,10 @@ import pytest
 from PIL import Image
 from test_sandbox import (  # noqa: F401
     FORGE,
+    MOUNT,
     REFUSE,
     ROOT,
     UNSHARE,
-    MOUNT,
     VIDEO,
     attack,
     box,
@@ -44,7 +41,7 @@ from test_sandbox import (  # noqa: F401
 
 import sandbox
 from engine import confine, figures, session
-from sandbox import Result, Sandbox, SandboxError, check_reply
+from sandbox import Result, SandboxError, check_reply
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the confinement is Linux's")
 LIMIT = 1000  # characters of output in the fuzz test
@@ -250,7 +247,8 @@ def test_pixels_of_a_call_are_bounded_and_every_figure_is_shown(box):  # noqa: F
     "code",
     [
         # A name that is no UTF-8, mapped and removed.
-        "import mmap, os, time\nname = b'\\xff\\xfe'\nfile = os.open(name, os.O_RDWR | os.O_CREAT)\n"
+        "import mmap, os, time\nname = b'\\xff\\xfe'\n"
+        "file = os.open(name, os.O_RDWR | os.O_CREAT)\n"
         "os.ftruncate(file, 4096)\nkept = mmap.mmap(file, 4096)\nos.remove(name)\ntime.sleep(2)",
         "import os\nos.mkdir(b'\\xff')\nfor k in range(99): open(b'\\xff/\\xfe%d' % k, 'w')",
         # Tens of thousands of mappings.
@@ -536,8 +534,8 @@ for command in (fcntl.F_GETLK, 36):
     except OSError as error: print(error.errno)
 """
     before = other.run(ask).text
-    one.run("import fcntl\nfile = open(os.__file__, 'rb')" if False else "import fcntl, os")
-    one.run("file = open(os.__file__, 'rb')\nfcntl.lockf(file, fcntl.LOCK_SH, 1, 7)")
+    one.run("import fcntl, os\nfile = open(os.__file__, 'rb')")
+    one.run("fcntl.lockf(file, fcntl.LOCK_SH, 1, 7)")
     one.run("fcntl.flock(file, fcntl.LOCK_EX)")
     assert other.run(ask).text == before
     assert other.run("fcntl.flock(open(os.__file__), fcntl.LOCK_EX | fcntl.LOCK_NB)").error is None
@@ -568,11 +566,13 @@ import ctypes, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
 place = ctypes.cast(libc.printf, ctypes.c_void_p).value & ~4095
 value = ctypes.c_int.from_address(place).value
-def futex(operation, *arguments): return libc.syscall({number}, ctypes.c_void_p(place), operation, *arguments)
+def futex(operation, *arguments):
+    return libc.syscall({number}, ctypes.c_void_p(place), operation, *arguments)
 """
     one.run(
         place + "def wait():\n    for _ in range(300):\n        futex(0, value, None)\n"
-        "        time.sleep(0.01)\nthread = threading.Thread(target=wait, daemon=True)\nthread.start()"
+        "        time.sleep(0.01)\nthread = threading.Thread(target=wait, daemon=True)\n"
+        "thread.start()"
     )
     threading.Thread(target=one.run, args=("time.sleep(1.5)",)).start()
     other.run(place)
@@ -585,7 +585,8 @@ def test_the_null_device_is_no_channel(fresh):  # noqa: F811
     flags = "import fcntl, os\nprint(*(fcntl.fcntl(fd, fcntl.F_GETFL) for fd in range(3)))"
     before = other.run(flags).text
     one.run(
-        "import fcntl, os\nfor fd in range(3): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK)"
+        "import fcntl, os\n"
+        "for fd in range(3): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK)"
     )
     assert one.run(flags).text != before
     assert other.run(flags).text == before
@@ -601,7 +602,8 @@ def test_sixteen_threads_are_all(fresh):  # noqa: F811
     code = (
         "import threading, time\nthreading.stack_size(32768)\ncount = 0\ntry:\n"
         "    while count < 100:\n"
-        "        threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n        count += 1\n"
+        "        threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n"
+        "        count += 1\n"
         "except RuntimeError: pass\ntime.sleep(0.5)\nprint(count)"
     )
     boxes = [fresh(timeout=5) for _ in range(3)]
@@ -690,7 +692,7 @@ def started(shell, *before, tmp_path="/tmp"):
 
 @needs_mounts
 def test_errors_say_what_is_missing(tmp_path):
-    read_only = "mount --bind {0} {0}; mount -o remount,ro,bind {0}".format(tmp_path)
+    read_only = f"mount --bind {tmp_path} {tmp_path}; mount -o remount,ro,bind {tmp_path}"
     everywhere = (
         "mount -o remount,ro,bind /; for f in /tmp /var/tmp /dev/shm; do mount --bind $f $f; "
         "mount -o remount,ro,bind $f; done"
