@@ -385,7 +385,12 @@ def test_groups_say_how_many_are_right_and_what_became_of_them(run_page):
     shown, count = page(run_page)
     groups = re.findall("<article.*?</article>", shown.split("<main>")[1], re.DOTALL)
     assert count == 8 and len(groups) == 2
-    for words in ("First?", "reference red · 3 of 4 right", "trained on", "reward 1.2 = 1 + 0.2"):
+    for words in (
+        "First?",
+        "reference red · 3 of 4 right",
+        "trained on",
+        "reward 1.2 = 1 + 0.1 × 2",
+    ):
         assert words in groups[0], words
     for words in ("Second?", "0 of 4 right", "nothing to learn from its group", "reward 0 ·"):
         assert words in groups[1], words
@@ -459,7 +464,7 @@ def test_hostile_output_runs_no_script(hostile_page):
     assert "<title>title &lt;/script&gt;" in shown and "taken</title>" not in shown
     assert len(re.findall("<section", shown)) == sum(i % 3 + 1 for i in range(24))
     assert shown.count("code &lt;/script&gt;&lt;script&gt;") == 24  # there, as text
-    for word in ("question 7 ", "output ", "answer ", "reference ", "= 1 + 0.2", "OVER_LENGTH"):
+    for word in ("question 7 ", "output ", "answer ", "reference ", "= 1 + 0.1 × 2", "OVER_LENGTH"):
         assert word in shown, word
 
 
