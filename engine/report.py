@@ -139,17 +139,16 @@ def record(t, index: int = 0, repeat: int = 0, step: int | None = None, fate: st
     prompt = t.images[: len(t.sample.images)]
     turns = []
     for turn in t.turns:
-        turns.append(
-            dict(
-                text=turn.text,
-                code=turn.code,
-                output=turn.output or turn.error,
-                failed=turn.error is not None,
-                images=[thumbnail(image) for image in turn.images],
-                boxes=crops(turn.code, turn.images),
-                tokens=turn.n_tokens,
-            )
+        shown = dict(
+            text=turn.text,
+            code=turn.code,
+            output=turn.output or turn.error,
+            failed=turn.error is not None,
+            images=[thumbnail(image) for image in turn.images],
+            boxes=crops(turn.code, turn.images),
+            tokens=turn.n_tokens,
         )
+        turns.append(shown)
     return dict(
         question=t.sample.question,
         images=[thumbnail(image) for image in prompt],
