@@ -138,7 +138,7 @@ class Policy:
         return any(tag in tail for tag in CLOSING_TAGS)
 
     @torch.no_grad()
-    def act(self, trajectories: list, limits, on_action) -> None:
+    def act(self, trajectories: list, limits, on_action):
         """Sample one turn for each trajectory.
 
         limits: rollout.Limits. on_action(trajectory, Action) is called the moment a row stops; it

@@ -18,7 +18,6 @@ import random
 import statistics
 import time
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -106,14 +105,14 @@ class Trajectory:
         cut = (EndReason.OVER_LENGTH, EndReason.EXCEED_MAX_IMAGES)
         return self.error is not None or self.end_reason in cut
 
-    def append(self, ids: list[int], sampled: bool, image_token: int) -> None:
+    def append(self, ids: list[int], sampled: bool, image_token: int):
         """Add tokens of an action (sampled) or of an observation."""
         self.tokens += ids
         self.action_mask += [sampled] * len(ids)
         if not sampled:  # an action never holds image tokens (Policy.ban)
             self.visual_tokens += ids.count(image_token)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception):
         """End it because its sample cannot be read."""
         self.error = str(error)
         self.end_reason = EndReason.ERROR_IN_ACTION
@@ -139,7 +138,7 @@ def rollout(
     *,
     tools: bool = True,
     templates: dict | None = None,
-    on_turn: Callable | None = None,
+    on_turn=None,
     seed: int = 0,
     **changes,
 ) -> list[list[Trajectory]]:
@@ -329,7 +328,7 @@ class Recital:
     def __getattr__(self, name):
         return getattr(self.policy, name)
 
-    def act(self, trajectories, limits, on_action) -> None:
+    def act(self, trajectories, limits, on_action):
         """Say the next turn of each.
 
         A turn that no sampler can reach, or that does not fit into the context, is not complete.

@@ -162,7 +162,7 @@ class Run:
         """Is something due that happens every so many steps, and at the end?"""
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
-    def rollout(self, samples: list, group_size: int, **changes) -> list:
+    def rollout(self, samples: list, group_size: int, **changes):
         """Groups of scored trajectories; every process samples at its own pace."""
         with parallel.whole(self.model):
             groups = rollout(
@@ -173,12 +173,13 @@ class Run:
                 templates=self.templates,
                 **changes,
             )
-        score(
+        counts = score(
             flat(groups),
             self.config.tool_reward,
             self.judge,
             self.config.judge_only,
         )
+        self.journal.judged.update(counts)
         return groups
 
     def save(self):
@@ -400,7 +401,8 @@ def train(run: Run):
         updated = time.perf_counter()
         run.step += 1
         metrics = dict(step=run.step, **counts, **losses)
-        metrics.update(measure(groups, kept, config.stage, collected - began))
+        seconds = collected - began
+        metrics.update(measure(groups, kept, config.stage, seconds, run.journal.judged))
         metrics.update(seconds_update=updated - collected)
         if run.held and run.due(config.eval_every):
             metrics.update(held_out(run))

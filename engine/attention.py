@@ -16,10 +16,9 @@ Shapes: B sequences, Tq and Tk packed queries and keys, H heads, Hk key heads, D
 """
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+# torch's varlen_attn and transformers are imported where they are used: together they take two
+# seconds, in which a command should have said what it is going to do.
 
 CAUSAL = (-1, 0)  # the window_size of causal attention
 EVERYTHING = (-1, -1)
@@ -51,6 +50,8 @@ def varlen_attention(
     """
     given = locals()  # the arguments by name, which are also those of torch's function
     if query.is_cuda and query.dtype in HALF:
+        from torch.nn.attention.varlen import varlen_attn
+
         return varlen_attn(**given)
     causal = tuple(window_size) == CAUSAL
     used = cu_seq_k.diff() if seqused_k is None else seqused_k
@@ -227,6 +228,8 @@ def packed_attention(
     `packed` says how its tokens attend (engine/fast.py). Without it this is transformers' sdpa.
     """
     if packed is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         inputs = (module, query, key, value, attention_mask)
         return sdpa_attention_forward(*inputs, scaling=scaling, **kwargs)
     query = query[0].transpose(0, 1)
@@ -236,5 +239,10 @@ def packed_attention(
     return out[None], None
 
 
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", sdpa_mask)
+def register() -> None:
+    """Let a model of transformers choose "packed" as its attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", sdpa_mask)

@@ -26,11 +26,10 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import AuxRequest
 from torch.utils.checkpoint import checkpoint
 
 from data import Action
-from engine.attention import CAUSAL, EVERYTHING, merge, varlen_attention
+from engine.attention import CAUSAL, EVERYTHING, merge, register, varlen_attention
 from engine.parallel import sharded
 
 HEAD_LOGITS = 2**26  # logits that exist at a time in training: 440 tokens of V = 152k
@@ -73,6 +72,8 @@ class Cache:
 
     def look(self, layer, query, queries, rows, used, window, scale):
         """Sequences of queries (N, H, D), one a row -> output (H, N, D), log-sum-exp (H, N)."""
+        from torch.nn.attention.varlen import AuxRequest  # slow to import
+
         key, value = (kept[rows] for kept in self.layers[layer])
         count, capacity = key.shape[:2]
         number = torch.arange(count + 1, dtype=torch.int32, device=query.device)
@@ -336,6 +337,7 @@ class FastPolicy:
         self.forget()
         # The two functions above become methods of the model here and nowhere else. FSDP gathers a
         # module's own parameters (embedding, norm, head) only around methods that it knows of.
+        register()
         policy.model.set_attn_implementation({"text_config": "packed"})
         policy.model.hidden = types.MethodType(hidden, policy.model)
         policy.model.score = types.MethodType(score, policy.model)

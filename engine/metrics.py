@@ -5,8 +5,10 @@ dropped on the way is counted here or in the counts of `select`.
 """
 
 import statistics
+from collections import Counter
 
 from engine.batching import flat
+from engine.parallel import gather
 from engine.report import looks
 
 
@@ -16,8 +18,17 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def measure(groups: list[list], kept: list[list], stage: str, seconds: float) -> dict:
-    """Metrics of a step. groups: all that was sampled in `seconds`; kept: what was trained on."""
+def measure(
+    groups: list[list],
+    kept: list[list],
+    stage: str,
+    seconds: float,
+    judged: Counter | None = None,
+) -> dict:
+    """Metrics of a step. groups: all that was sampled in `seconds`; kept: what was trained on.
+
+    judged: the counts of `score` in this process. All processes call it.
+    """
     sampled = flat(groups)
     looked = [looks(t) for t in sampled]
     calls = [t.turns[: t.n_tool_calls] for t in sampled]
@@ -43,11 +54,14 @@ def measure(groups: list[list], kept: list[list], stage: str, seconds: float) ->
     )
     if stage == "rl":
         right = [t for t in flat(kept) if t.correct]
+        total = sum(gather([judged or Counter()]), Counter())
         spreads = [statistics.pstdev(t.reward for t in group) for group in groups]
         metrics.update(
             reward=mean(t.reward for t in sampled),
             accuracy=mean(bool(t.correct) for t in sampled),
             reward_std=mean(spreads),
+            undecided=total["undecided"] / max(1, len(sampled)),
+            judge_failures=total["judge_failures"],
             correct_negative_advantage=mean(t.advantage < 0 for t in right),
         )
     return metrics

@@ -9,6 +9,7 @@ All processes must call `shard`, `whole`, `gather` and `full_weights` together.
 import functools
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -31,8 +32,9 @@ def join() -> None:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     launched = "WORLD_SIZE" in os.environ
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    patience = timedelta(days=30)  # one process may sample far longer than the others
     if several or (cuda and launched):
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=patience)
     elif cuda:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -13,10 +13,12 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -28,6 +30,7 @@ from data import DataError
 from engine.batching import flat
 from engine.checkpoint import FullDisk
 from engine.flags import parse_flags, stop
+from engine.judge import open_judge
 from engine.report import curves, record, step_records, write_report
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib", "av")
@@ -83,7 +86,7 @@ def say(text: str) -> None:
 
 
 def greet(config, samples, held) -> None:
-    """Say what is going to happen, before anything slow."""
+    """Say what is going to happen, before anything slow, and which setting does nothing here."""
     data = f"{config.data}, {len(samples)} rows" if config.data else f"puzzles, {config.task}"
     processes = os.environ.get("WORLD_SIZE", "1")
     say(f"policy   {config.model or 'the built-in tiny one, for the built-in puzzles'}")
@@ -93,6 +96,12 @@ def greet(config, samples, held) -> None:
         say("time     the default run takes 4 to 10 minutes on two cores, with its cold start")
     if config.data and not config.model:
         say("note     --data without --model trains the tiny policy, no model for photographs")
+    if config.offload and not torch.cuda.is_available():
+        say("note     --offload does nothing: there is no GPU whose memory it could spare")
+    judge = open_judge(config) if leader() else None
+    if judge and not judge.reachable():
+        why = judge.last_error.strip()
+        say(f"warning: the judge cannot be reached ({why}): the rule decides alone")
 
 
 @contextmanager
@@ -120,7 +129,7 @@ def interrupted(*_) -> None:
 
     So the process ends here. Its sandboxes end with it, and checkpoints are complete or absent.
     """
-    os.write(2, b"stopped; the same command with --resume goes on from the last checkpoint\n")
+    os.write(2, b"stopped; the same command goes on (train.py: with --resume)\n")
     os._exit(130)
 
 
@@ -221,12 +230,22 @@ class Progress:
         self.began = time.monotonic()
         form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
         hidden = not (leader() and sys.stderr.isatty())
-        self.bar = tqdm(total=self.total, disable=hidden, bar_format=form, ncols=WIDTH)
+        width = min(WIDTH, shutil.get_terminal_size().columns)
+        self.bar = tqdm(
+            total=self.total,
+            disable=hidden,
+            bar_format=form,
+            ncols=width,
+            leave=False,
+        )
 
     def skip(self, part: str, steps: int) -> None:
-        """Steps of a part were done before this job began."""
+        """A part begins, of which so many steps were done before this job began."""
         self.total -= steps * self.parts[part][1]
         self.bar.total = self.total
+        if not self.done:  # what came before the first step says nothing of the pace
+            self.began = time.monotonic()
+            self.bar.unpause()
 
     def step(self, part: str) -> None:
         """A step of a part is done."""
@@ -259,11 +278,13 @@ class Journal:
         self.part = part
         self.rows = rows
         self.unreadable = set()  # what was said of files that cannot be read
+        self.judged = Counter()  # of a step: what `score` counts
         self.track = None
         self.finish = None
 
     def begin(self) -> None:
         """Write config.json, and metrics.jsonl as far as it goes; open the tracker."""
+        self.judged.clear()  # of the evaluation before the first step
         self.progress.skip(self.part, max((row["step"] for row in self.rows), default=0))
         if leader():
             settings = json.dumps({**asdict(self.config), "versions": versions()}, indent=1)
@@ -296,6 +317,7 @@ class Journal:
                 self.draw(groups, kept)
             if self.track:
                 self.track(metrics, pictures)
+        self.judged.clear()
         self.check(kept)
 
     def name_unreadable(self, trajectories: list) -> None:
@@ -342,6 +364,7 @@ class Journal:
 
     def end(self) -> None:
         """Say what came of it, and which files to open; close the tracker."""
+        self.progress.bar.close()
         if self.finish:
             self.finish()
         found = [row["eval_accuracy"] for row in self.rows if "eval_accuracy" in row]

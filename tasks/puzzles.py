@@ -580,11 +580,25 @@ def read_difficulty(text: str) -> dict:
     Raises DataError.
     """
     try:
-        return asdict(Difficulty(**json.loads(text or "{}")))
+        found = asdict(Difficulty(**json.loads(text or "{}")))
+        for name, usual in asdict(Difficulty()).items():
+            if not possible(found[name], usual):
+                raise ValueError(f"{name} cannot be {found[name]!r}")
     except (ValueError, TypeError) as error:
         raise DataError(
             f"--difficulty: a JSON object of fields of Difficulty in tasks/puzzles.py ({error})"
         ) from None
+    return found
+
+
+def possible(value: object, usual: object) -> bool:
+    """Is a value of the same kind as the usual one, and no negative number?"""
+    if isinstance(usual, tuple):
+        some = isinstance(value, (list, tuple)) and len(value) > 0
+        return some and all(possible(item, usual[0]) for item in value)
+    if isinstance(usual, str):
+        return value in VALUES
+    return isinstance(value, (int, float)) and value >= 0
 
 
 def puzzles(
