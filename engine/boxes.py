@@ -10,7 +10,6 @@ import ast
 import math
 import warnings
 
-NOTHING = ast.Constant(None)
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
 
@@ -22,14 +21,14 @@ def crops(code: str | None, figures: list, size: tuple | None = None) -> list[Bo
             warnings.simplefilter("ignore")
             reader.visit(ast.parse(code or ""))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return [None] * len(figures)
-    boxes = reader.drawn if reader.draws else reader.cropped
+        pass  # what it read so far stands
+    boxes = reader.drawn or reader.cropped
     if len(boxes) != len(figures):
         return [None] * len(figures)
+    if reader.drawn:
+        return boxes
     pairs = zip(boxes, figures, strict=True)
-    return [
-        box if box and (reader.draws or fits(box, figure, size)) else None for box, figure in pairs
-    ]
+    return [box if box and fits(box, figure.size, size) else None for box, figure in pairs]
 
 
 class Reader(ast.NodeVisitor):
@@ -37,33 +36,32 @@ class Reader(ast.NodeVisitor):
 
     def __init__(self):
         self.values = {}  # what each variable was last given
-        self.cropped = []  # the boxes of all crops
-        self.drawn = []  # those of what imshow draws
-        self.draws = False
+        self.cropped = []  # a box for each crop
+        self.drawn = []  # and for each imshow
+
+    def visit_Name(self, node):
+        if isinstance(node.ctx, ast.Store):  # by a loop or the like: it may be anything
+            self.values[node.id] = None
 
     def visit_Assign(self, node):
         self.generic_visit(node)
         for target in node.targets:
             self.values[getattr(target, "id", None)] = self.value(node.value)
 
-    def visit_Name(self, node):
-        if isinstance(node.ctx, ast.Store):  # by a loop or the like: it may be anything
-            self.values[node.id] = NOTHING
-
     def visit_Call(self, node):
         self.generic_visit(node)
         if self.is_crop(node):
             self.cropped.append(self.box(node))
-        if getattr(node.func, "attr", "") == "imshow" and node.args:
-            self.draws = True
-            parts = [self.value(part) for part in ast.walk(self.value(node.args[0]))]
-            self.drawn += [self.box(part) for part in parts if self.is_crop(part)]
+        if getattr(node.func, "attr", "") == "imshow":
+            parts = [self.value(part) for part in ast.walk(node)]
+            boxes = [self.box(part) for part in parts if self.is_crop(part)]
+            self.drawn.append(boxes[0] if boxes else None)
 
-    def value(self, node: ast.AST) -> ast.AST:
+    def value(self, node):
         """What a variable was last given, or the expression itself."""
         return self.values.get(node.id, node) if isinstance(node, ast.Name) else node
 
-    def is_crop(self, node: ast.AST) -> bool:
+    def is_crop(self, node) -> bool:
         function = getattr(node, "func", None)
         if getattr(function, "attr", "") != "crop" or not node.args:
             return False
@@ -72,23 +70,21 @@ class Reader(ast.NodeVisitor):
     def box(self, crop: ast.Call) -> Box | None:
         """The numbers that code crops by; None where they are computed, or no box."""
         try:
-            sides = ast.literal_eval(self.value(crop.args[0]))
-            left, upper, right, lower = map(float, sides)
+            left, upper, right, lower = map(float, ast.literal_eval(self.value(crop.args[0])))
         except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
             return None
-        wide = math.isfinite(left) and left < right < math.inf
-        high = math.isfinite(upper) and upper < lower < math.inf
+        wide = -math.inf < left < right < math.inf
+        high = -math.inf < upper < lower < math.inf
         return (left, upper, right, lower) if wide and high else None
 
 
-def fits(box: Box, figure, size: tuple | None) -> bool:
-    """Has a figure the proportions of the box, to five parts in a hundred?
+def fits(box: Box, figure: tuple, picture: tuple | None) -> bool:
+    """Has a figure's size the proportions of the box, to five parts in a hundred?
 
     One of the picture's own size shows the picture, and not a part of it.
     """
-    left, upper, right, lower = box
-    if figure.size == size != (right - left, lower - upper):
+    width = box[2] - box[0]
+    height = box[3] - box[1]
+    if figure == picture != (width, height):
         return False
-    wide = (right - left) * figure.height
-    high = (lower - upper) * figure.width
-    return abs(wide - high) < 0.05 * wide
+    return abs(width * figure[1] - height * figure[0]) < 0.05 * width * figure[1]
