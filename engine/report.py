@@ -82,6 +82,7 @@ def looks(t, pictures: bool = False) -> dict:
 
 
 def seconds(time) -> float:
+    """A time in a video, in seconds to two decimals."""
     return round(float(time), 2)
 
 

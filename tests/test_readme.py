@@ -19,6 +19,7 @@ NOT_OURS = {  # flags of torchrun, of pip, and of the studies in tests/
     "rdzv_endpoint",
     "shutdown_timeout",
     "check",
+    "git",
     "help",
     "quick",
     "seeds",
