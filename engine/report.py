@@ -10,14 +10,15 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 from pathlib import Path
 
 from PIL import Image
 
-from data import DataError, video_info
+from data import DataError
 from engine.boxes import crops
-from engine.video import frame_times, middle_frames, show_frames
+from engine.video import duration, frame_times, middle_frames, show_frames
 
 PAGE_BYTES = 64_000_000  # more than that a phone does not open
 PAGE = Path(__file__).parents[1] / "docs" / "report.html"  # DATA and DIGEST are filled in
@@ -55,7 +56,7 @@ def looks(t, pictures: bool = False) -> dict:
     for number, path in enumerate(paths):
         try:
             times = frame_times(path)
-            info = video_info(path)
+            length = duration(path)
         except DataError:  # it vanished since
             continue
         decoded = {frame for turn in t.turns for video, frame in turn.frames if video == number}
@@ -69,7 +70,6 @@ def looks(t, pictures: bool = False) -> dict:
         except DataError:  # the video breaks where the policy looked
             shown = []
         looked = [seconds(times[k]) for k in frames]
-        length = info["frames"] / info["fps"]
         videos.append(dict(looked=looked, seconds=length, shown=shown))
     covered = [len({int(second) for second in video["looked"]}) for video in videos]
     return dict(
@@ -80,7 +80,7 @@ def looks(t, pictures: bool = False) -> dict:
 
 
 def seconds(time) -> float:
-    """A time as the page says it."""
+    """A time in a video, in seconds to two decimals."""
     return round(float(time), 2)
 
 
@@ -154,8 +154,10 @@ def write_report(path: Path, records: list, title: str, history: list[dict] = ()
     numbers = {}  # of the samples
     lines = []
     for t in records:
-        known = isinstance(t, dict)
-        lines.append(t if known else record(t, numbers.setdefault(id(t.sample), len(numbers))))
+        if not isinstance(t, dict):
+            index = numbers.setdefault(id(t.sample), len(numbers))
+            t = record(t, index, len(lines))
+        lines.append(t)
     size = len(json.dumps([lines, list(history)]))
     stride = 1 + size // PAGE_BYTES
     if stride > 1:
@@ -190,26 +192,26 @@ def curves(path: Path, rows: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    styles = {"{}": "-", "eval_{}": "o-", "eval_{}_greedy": "s--"}
+    known = set().union(*rows)
     lines = {}
     for name in PANELS:
-        keys = {form.format(name): style for form, style in styles.items()}
-        lines[name] = {key: style for key, style in keys.items() if any(key in row for row in rows)}
-    names = [name for name in PANELS if lines[name]] or ["step"]
-    columns = min(4, len(names))
-    height = -(-len(names) // columns)
+        keys = {name: "-", f"eval_{name}": "o-", f"eval_{name}_greedy": "s--"}
+        lines[name] = {key: style for key, style in keys.items() if key in known}
+    names = [name for name in PANELS if lines[name]]
+    columns = min(4, len(names)) or 1
+    height = math.ceil(len(names) / columns) or 1
     size = (3.4 * columns, 2.8 * height)
     figure, axes = pyplot.subplots(
         height, columns, figsize=size, layout="constrained", squeeze=False
     )
     for axis, name in zip(axes.flat, names, strict=False):
-        for key, style in lines.get(name, {}).items():
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            label = key.replace("_", " ")
-            axis.plot(*zip(*points, strict=True), style, ms=4, lw=1, label=label)
+        for key, style in lines[name].items():
+            some = [row for row in rows if key in row]
+            steps = [row["step"] for row in some]
+            values = [row[key] for row in some]
+            axis.plot(steps, values, style, ms=4, lw=1, label=key.replace("_", " "))
         axis.set(xlabel="step", title=name.replace("_", " "))
-        if axis.lines:
-            axis.legend(fontsize=7)
+        axis.legend(fontsize=7)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     figure.savefig(path, dpi=110)

@@ -333,6 +333,7 @@ def test_a_page_of_trajectories_is_one_of_their_records(tmp_path):
         ("a", 0, False),
         ("b", 1, True),
     ]
+    assert len({(t["index"], t["repeat"]) for t in shown}) == 3  # each has a link of its own
 
 
 # ------------------------------------------------------------------------------------- in a browser
