@@ -176,6 +176,7 @@ class Grouped:
 
 
 def causal(query, key, value, queries, keys, scale):
+    """Each of the packed sequences sees itself, up to the token that looks."""
     bounds = (queries.cumulative, keys.cumulative, queries.longest, keys.longest)
     settings = dict(scale=scale, window_size=CAUSAL, enable_gqa=True)
     return varlen_attention(query, key, value, *bounds, **settings)
@@ -232,6 +233,7 @@ def prompt_of(t):
 
 
 def pixels_of(image):
+    """What tells two pictures apart: their size and their bytes."""
     return image.size, image.tobytes()
 
 
@@ -437,6 +439,7 @@ class FastPolicy:
         return self.forward(packed, ids, positions.expand(3, -1))
 
     def forward(self, packed, ids, positions, images=None):
+        """One forward of packed ids -> logits (B, V) after the last token of each sequence."""
         self.tokens_fed += len(ids)
         ends = packed.queries.cumulative
         last = ends[1:][ends.diff() > 0] - 1

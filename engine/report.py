@@ -6,20 +6,19 @@ in the page it is JSON, then text nodes, and no script but the page's own runs t
 one file, fetches nothing, and stays under PAGE_BYTES.
 """
 
-import ast
 import base64
 import hashlib
 import io
 import json
 import math
 import re
-import warnings
 from pathlib import Path
 
 from PIL import Image
 
-from data import DataError, video_info
-from engine.video import frame_times, middle_frames, show_frames
+from data import DataError
+from engine.boxes import crops
+from engine.video import duration, frame_times, middle_frames, show_frames
 
 PAGE_BYTES = 64_000_000  # more than that a phone does not open
 PAGE = Path(__file__).parents[1] / "docs" / "report.html"  # DATA and DIGEST are filled in
@@ -57,7 +56,7 @@ def looks(t, pictures: bool = False) -> dict:
     for number, path in enumerate(paths):
         try:
             times = frame_times(path)
-            info = video_info(path)
+            length = duration(path)
         except DataError:  # it vanished since
             continue
         decoded = {frame for turn in t.turns for video, frame in turn.frames if video == number}
@@ -71,7 +70,6 @@ def looks(t, pictures: bool = False) -> dict:
         except DataError:  # the video breaks where the policy looked
             shown = []
         looked = [seconds(times[k]) for k in frames]
-        length = info["frames"] / info["fps"]
         videos.append(dict(looked=looked, seconds=length, shown=shown))
     covered = [len({int(second) for second in video["looked"]}) for video in videos]
     return dict(
@@ -82,53 +80,8 @@ def looks(t, pictures: bool = False) -> dict:
 
 
 def seconds(time) -> float:
+    """A time in a video, in seconds to two decimals."""
     return round(float(time), 2)
-
-
-def crops(code: str | None, images: list) -> list:
-    """For each figure of a call the box of image_clue_0 that it shows, or None where unknown.
-
-    The boxes are those of the code's literal `image_clue_0.crop((left, upper, right, lower))`, in
-    the order in which they are written. They are believed where there are as many as figures, and
-    a figure has its box's proportions or was drawn by imshow, which gives it others.
-    """
-    code = code or ""
-    try:
-        with warnings.catch_warnings():  # Python has some to say about odd code
-            warnings.simplefilter("ignore")
-            nodes = list(ast.walk(ast.parse(code)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        nodes = []
-    calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
-    boxes = []
-    for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset)):
-        match call.func:
-            case ast.Attribute(ast.Name("image_clue_0"), "crop"):
-                boxes.append(literal_box(call.args[0]))
-    if len(boxes) != len(images):
-        return [None] * len(images)
-    drawn = "imshow" in code
-    pairs = zip(boxes, images, strict=True)
-    return [box if box and (drawn or fits(box, image)) else None for box, image in pairs]
-
-
-def literal_box(node: ast.expr) -> tuple | None:
-    """The four numbers that code names a box by; None for variables, and for no box at all."""
-    try:
-        left, upper, right, lower = map(float, ast.literal_eval(node))
-    except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
-        return None
-    wide = math.isfinite(left) and left < right < math.inf
-    high = math.isfinite(upper) and upper < lower < math.inf
-    return (left, upper, right, lower) if wide and high else None
-
-
-def fits(box: tuple, image: Image.Image) -> bool:
-    """Has a figure the proportions of the box, to five parts in a hundred?"""
-    left, upper, right, lower = box
-    wide = (right - left) * image.height
-    high = (lower - upper) * image.width
-    return abs(wide - high) < 0.05 * wide
 
 
 def record(t, index: int = 0, repeat: int = 0, step: int | None = None, fate: str = "") -> dict:
@@ -137,23 +90,23 @@ def record(t, index: int = 0, repeat: int = 0, step: int | None = None, fate: st
     index, repeat: of the question, and of its sample. step: of training. fate: what selection did.
     """
     prompt = t.images[: len(t.sample.images)]
+    sizes = [image.size for image in prompt]
     turns = []
     for turn in t.turns:
-        turns.append(
-            dict(
-                text=turn.text,
-                code=turn.code,
-                output=turn.output or turn.error,
-                failed=turn.error is not None,
-                images=[thumbnail(image) for image in turn.images],
-                boxes=crops(turn.code, turn.images),
-                tokens=turn.n_tokens,
-            )
+        shown = dict(
+            text=turn.text,
+            code=turn.code,
+            output=turn.output or turn.error,
+            failed=turn.error is not None,
+            images=[thumbnail(image) for image in turn.images],
+            boxes=crops(turn.code, turn.images, *sizes[:1]),
+            tokens=turn.n_tokens,
         )
+        turns.append(shown)
     return dict(
         question=t.sample.question,
         images=[thumbnail(image) for image in prompt],
-        sizes=[image.size for image in prompt],
+        sizes=sizes,
         **looks(t, pictures=True),
         turns=turns,
         error=t.error,
@@ -193,23 +146,43 @@ def step_records(groups: list[list], kept: list[list], step: int) -> list[dict]:
     return records
 
 
-def write_report(path: Path, records: list[dict], title: str, history: list[dict] = ()) -> None:
-    """One self-contained HTML page of records; an even share of them, if all are too much.
+def write_report(path: Path, records: list, title: str, history: list[dict] = ()) -> None:
+    """One self-contained HTML page of records or trajectories; an even share, if all are too much.
 
     history: records of the same questions at several steps, which the page shows side by side.
     """
-    lines = [json.dumps(line) for line in records]
-    before = [json.dumps(line) for line in history]
-    size = sum(map(len, lines + before))
-    shown = ",".join(lines[:: 1 + size // PAGE_BYTES])
-    earlier = ",".join(before[:: 1 + size // PAGE_BYTES])
-    words = json.dumps(title)
-    data = f'{{"title": {words}, "trajectories": [{shown}], "history": [{earlier}]}}'
+    numbers = {}  # of the samples
+    lines = []
+    for t in records:
+        if not isinstance(t, dict):
+            index = numbers.setdefault(id(t.sample), len(numbers))
+            t = record(t, index, len(lines))
+        lines.append(t)
+    size = len(json.dumps([lines, list(history)]))
+    stride = 1 + size // PAGE_BYTES
+    if stride > 1:
+        title += f" (one question of {stride}: more do not fit)"
+    content = {
+        "title": title,
+        "trajectories": share(lines, stride),
+        "history": share(history, stride),
+    }
+    data = json.dumps(content).replace("<", "\\u003c")
     page = PAGE.read_text("utf-8")
     script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = page.replace("DIGEST", digest).replace("DATA", data.replace("<", "\\u003c"))
+    page = page.replace("DIGEST", digest).replace("DATA", data)
     Path(path).write_text(page, encoding="utf-8")
+
+
+def share(records: list[dict], stride: int) -> list[dict]:
+    """One question of `stride` with all its trajectories; one record, where questions are few."""
+    places = {}
+    for line in records:
+        places.setdefault(line["index"], len(places))
+    if len(places) < stride:
+        return records[::stride]
+    return [line for line in records if places[line["index"]] % stride == 0]
 
 
 def curves(path: Path, rows: list[dict]) -> None:
@@ -219,26 +192,26 @@ def curves(path: Path, rows: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    styles = {"{}": "-", "eval_{}": "o-", "eval_{}_greedy": "s--"}
+    known = set().union(*rows)
     lines = {}
     for name in PANELS:
-        keys = {form.format(name): style for form, style in styles.items()}
-        lines[name] = {key: style for key, style in keys.items() if any(key in row for row in rows)}
-    names = [name for name in PANELS if lines[name]] or ["step"]
-    columns = min(4, len(names))
-    height = -(-len(names) // columns)
+        keys = {name: "-", f"eval_{name}": "o-", f"eval_{name}_greedy": "s--"}
+        lines[name] = {key: style for key, style in keys.items() if key in known}
+    names = [name for name in PANELS if lines[name]]
+    columns = min(4, len(names)) or 1
+    height = math.ceil(len(names) / columns) or 1
     size = (3.4 * columns, 2.8 * height)
     figure, axes = pyplot.subplots(
         height, columns, figsize=size, layout="constrained", squeeze=False
     )
     for axis, name in zip(axes.flat, names, strict=False):
-        for key, style in lines.get(name, {}).items():
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            label = key.replace("_", " ")
-            axis.plot(*zip(*points, strict=True), style, ms=4, lw=1, label=label)
+        for key, style in lines[name].items():
+            some = [row for row in rows if key in row]
+            steps = [row["step"] for row in some]
+            values = [row[key] for row in some]
+            axis.plot(steps, values, style, ms=4, lw=1, label=key.replace("_", " "))
         axis.set(xlabel="step", title=name.replace("_", " "))
-        if axis.lines:
-            axis.legend(fontsize=7)
+        axis.legend(fontsize=7)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     figure.savefig(path, dpi=110)

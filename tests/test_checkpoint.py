@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_train import Started
 
+import evaluate
 from data import DataError
 from engine.checkpoint import complete
 from model import load_policy, save_policy, tiny_policy
@@ -304,6 +305,18 @@ def test_weights_in_parts_load(whole, folder):
     assert torch.equal(logits(load_policy(folder)), logits(load_policy(whole)))
 
 
+def newer(name):
+    """The name of a tensor as newer versions of transformers write it."""
+    head, _, rest = name.partition(".")
+    names = {"visual": f"model.visual.{rest}", "model": f"model.language_model.{rest}"}
+    return names.get(head, name)
+
+
+def test_weights_under_the_names_of_newer_versions_load(whole, folder):
+    rename(folder, newer)
+    assert torch.equal(logits(load_policy(folder)), logits(load_policy(whole)))
+
+
 def test_weights_in_bfloat16_load_in_the_precision_asked_for(whole, folder):
     weights = load_file(folder / WEIGHTS)
     rounded = {name: tensor.bfloat16() for name, tensor in weights.items()}
@@ -322,11 +335,14 @@ def test_tied_embeddings_load_without_a_head_of_their_own(whole, tmp_path):
     made.model.config.get_text_config().tie_word_embeddings = True
     made.model.tie_weights()
     save_policy(made, tmp_path)
-    assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
-    loaded = load_policy(tmp_path)
-    assert torch.equal(logits(loaded), logits(made))
-    head = loaded.model.lm_head.weight
-    assert head.data_ptr() == loaded.model.get_input_embeddings().weight.data_ptr()
+    weights = load_file(tmp_path / WEIGHTS)
+    assert "lm_head.weight" not in weights
+    for extra in ({}, {"lm_head.weight": made.model.lm_head.weight.detach().clone()}):
+        save_file({**weights, **extra}, tmp_path / WEIGHTS, metadata={"format": "pt"})
+        loaded = load_policy(tmp_path)
+        assert torch.equal(logits(loaded), logits(made))
+        head = loaded.model.lm_head.weight
+        assert head.data_ptr() == loaded.model.get_input_embeddings().weight.data_ptr()
 
 
 def test_the_folder_of_a_run_is_its_newest_step(whole, tmp_path):
@@ -354,12 +370,18 @@ def test_a_copy_of_a_step_does_not_disturb_resuming(tmp_path):
 
 
 # ----------------------------------------------------------------------------- the command line
+def one_row(folder):
+    """A data file with one question."""
+    Image.new("RGB", (56, 56), "red").save(folder / "red.png")
+    row = dict(question="?", answer="red", image_path="red.png")
+    (folder / "rows.json").write_text(json.dumps([row]))
+    return folder / "rows.json"
+
+
 def command(folder, *words):
     """`python train.py --model FOLDER --data …` -> exit code, and the lines on the terminal."""
-    rows = folder.parent / "rows.json"
-    Image.new("RGB", (56, 56), "red").save(folder.parent / "red.png")
-    rows.write_text(json.dumps([dict(question="?", answer="red", image_path="red.png")]))
-    settings = ["--model", folder, "--data", rows, "--out", folder.parent / "run", *words]
+    settings = ["--model", folder, "--data", one_row(folder.parent)]
+    settings += ["--out", folder.parent / "run", *words]
     process = Started(folder.parent / "text", *settings)
     return process.wait(), process.text.splitlines()
 
@@ -379,6 +401,18 @@ def test_the_command_ends_with_one_line_and_exit_code_2(name, folder):
     (line,) = [line for line in lines if line.startswith("train.py:")]
     assert line == lines[-1]
     assert str(folder) in line
+
+
+@pytest.mark.parametrize("name", ["names of DDP", "truncated", "LLaVA"])
+def test_an_evaluation_ends_so_too(name, folder):
+    broken, *_ = BROKEN[name]
+    broken(folder)
+    words = ["--model", folder, "--data", one_row(folder.parent)]
+    words += ["--out", folder.parent / "results"]
+    process = Started(folder.parent / "text", list(map(str, words)), target=evaluate.main)
+    assert process.wait() == 2
+    assert str(folder) in process.text.splitlines()[-1]
+    assert not (folder.parent / "results" / "results.json").exists()
 
 
 @pytest.mark.parametrize("lr", ["-1e-6", "nan"])

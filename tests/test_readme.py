@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-
 from test_house import code_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +19,7 @@ NOT_OURS = {  # flags of torchrun, of pip, and of the studies in tests/
     "rdzv_endpoint",
     "shutdown_timeout",
     "check",
+    "git",
     "help",
     "quick",
     "seeds",
@@ -62,7 +62,7 @@ def test_the_table_of_files_says_how_long_they_are():
     assert set(rows) == listed
     for name, tokens in rows.items():
         found = len(code_tokens((ROOT / name).read_text()))
-    assert found == pytest.approx(tokens, rel=0.15), name
+        assert found == pytest.approx(tokens, rel=0.15), name
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])

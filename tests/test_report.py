@@ -12,7 +12,8 @@ from PIL import Image
 
 from data import Sample
 from engine import report
-from engine.report import crops, curves, record, step_records, thumbnail, write_report
+from engine.boxes import crops
+from engine.report import curves, record, step_records, thumbnail, write_report
 from rollout import EndReason, Trajectory, Turn, select
 
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
@@ -116,6 +117,45 @@ def test_figures_that_do_not_fit_have_no_box():
 def test_a_drawing_has_its_own_proportions_and_still_its_box():
     code = "plt.imshow(image_clue_0.crop((0, 0, 10, 10)))\nplt.axis('off')\nplt.show()"
     assert crops(code, [plain((640, 480))]) == [(0, 0, 10, 10)]
+
+
+def test_a_figure_is_what_was_shown_and_not_what_was_cropped_beside_it():
+    size = (400, 400)
+    beside = "c = image_clue_0.crop((0, 0, 100, 100))\nprint(c.getextrema())\n"
+    assert crops(beside + "image_clue_0.show()", [plain(size)], size) == [None]
+    assert crops(beside + "c.resize((400, 400)).show()", [plain((400, 400))], (800, 800)) == [
+        (0, 0, 100, 100)
+    ]
+    assert crops(show("(0, 0, 400, 400)"), [plain(size)], size) == [(0, 0, 400, 400)]
+    assert crops(beside + "plt.imshow(image_clue_0)\nplt.show()", [plain((640, 480))]) == [None]
+    both = beside + "plt.imshow(image_clue_0.crop((5, 5, 9, 9)))\nplt.show()"
+    assert crops(both, [plain((640, 480))]) == [(5, 5, 9, 9)]
+
+
+def test_a_box_is_found_by_way_of_variables():
+    square = [plain((10, 10))]
+    named = "img = image_clue_0\nbox = (5, 5, 15, 15)\npart = img.crop(box)\n"
+    assert crops(named + "part.show()", square) == [(5, 5, 15, 15)]
+    assert crops(named + "plt.imshow(np.array(part))\nplt.show()", [plain((640, 480))]) == [
+        (5, 5, 15, 15)
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "image_clue_0 = image_clue_0.rotate(90)",
+        "for box in boxes: pass",
+        "box, other = find()",
+        "with find() as box: pass",
+        "box = find()",
+        "img = image_clue_0.rotate(90)",
+    ],
+)
+def test_a_variable_that_was_changed_is_not_believed(change):
+    code = f"img = image_clue_0\nbox = (5, 5, 15, 15)\n{change}\n"
+    source = "image_clue_0" if change.startswith("image") else "img"
+    assert crops(f"{code}{source}.crop(box).show()", [plain((10, 10))]) == [None]
 
 
 @pytest.mark.parametrize(
@@ -267,6 +307,35 @@ def test_a_page_that_would_be_too_large_shows_an_even_share(tmp_path, monkeypatc
     assert data_of(tmp_path / "r.html")["history"]
 
 
+def test_a_share_holds_whole_groups_and_says_so(tmp_path, monkeypatch):
+    some = [record(hostile(i), i // 4, i % 4) for i in range(24)]
+    size = sum(len(json.dumps(line)) for line in some)
+    monkeypatch.setattr(report, "PAGE_BYTES", size // 2 + 1000)
+    write_report(tmp_path / "r.html", some, "t", [])
+    data = data_of(tmp_path / "r.html")
+    assert [t["index"] for t in data["trajectories"]] == [0] * 4 + [2] * 4 + [4] * 4
+    assert "one question of 2" in data["title"]
+    write_report(tmp_path / "r.html", some[:12], "t")
+    assert data_of(tmp_path / "r.html")["title"] == "t"
+    for line in some:
+        line["index"] = 0
+    write_report(tmp_path / "r.html", some, "t")  # of one question a share of its trajectories
+    assert len(data_of(tmp_path / "r.html")["trajectories"]) == 12
+
+
+def test_a_page_of_trajectories_is_one_of_their_records(tmp_path):
+    one, other = ask("a"), ask("b")
+    some = [answered(one, True), answered(one, False), answered(other, True)]
+    write_report(tmp_path / "r.html", some, "t")
+    shown = data_of(tmp_path / "r.html")["trajectories"]
+    assert [(t["id"], t["index"], t["correct"]) for t in shown] == [
+        ("a", 0, True),
+        ("a", 0, False),
+        ("b", 1, True),
+    ]
+    assert len({(t["index"], t["repeat"]) for t in shown}) == 3  # each has a link of its own
+
+
 # ------------------------------------------------------------------------------------- in a browser
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
@@ -317,7 +386,12 @@ def test_groups_say_how_many_are_right_and_what_became_of_them(run_page):
     shown, count = page(run_page)
     groups = re.findall("<article.*?</article>", shown.split("<main>")[1], re.DOTALL)
     assert count == 8 and len(groups) == 2
-    for words in ("First?", "reference red · 3 of 4 right", "trained on", "reward 1.2 = 1 + 0.2"):
+    for words in (
+        "First?",
+        "reference red · 3 of 4 right",
+        "trained on",
+        "reward 1.2 = 1 + 0.1 × 2",
+    ):
         assert words in groups[0], words
     for words in ("Second?", "0 of 4 right", "nothing to learn from its group", "reward 0 ·"):
         assert words in groups[1], words
@@ -391,7 +465,7 @@ def test_hostile_output_runs_no_script(hostile_page):
     assert "<title>title &lt;/script&gt;" in shown and "taken</title>" not in shown
     assert len(re.findall("<section", shown)) == sum(i % 3 + 1 for i in range(24))
     assert shown.count("code &lt;/script&gt;&lt;script&gt;") == 24  # there, as text
-    for word in ("question 7 ", "output ", "answer ", "reference ", "= 1 + 0.2", "OVER_LENGTH"):
+    for word in ("question 7 ", "output ", "answer ", "reference ", "= 1 + 0.1 × 2", "OVER_LENGTH"):
         assert word in shown, word
 
 
