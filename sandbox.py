@@ -32,7 +32,6 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 
@@ -75,7 +74,7 @@ class Result:
 class Packed:
     """PIL images as a process of its own takes them: made once, for any number of sandboxes."""
 
-    def __init__(self, images: Sequence[Image.Image]):
+    def __init__(self, images: list[Image.Image]):
         plain = [_plain(image) for image in images]
         self.count = len(plain)
         self.bytes = pickle.dumps(plain)
@@ -105,8 +104,8 @@ class Sandbox(AbstractContextManager):
 
     def __init__(
         self,
-        images: Sequence[Image.Image] | Packed = (),
-        videos: Sequence[str | os.PathLike] = (),
+        images: list[Image.Image] | Packed = (),
+        videos: list[str | os.PathLike] = (),
         timeout: float = 30.0,
         *,
         unsafe: bool = False,
@@ -128,7 +127,7 @@ class Sandbox(AbstractContextManager):
         self._lock = threading.RLock()
         self._start()
 
-    def close(self, *_) -> None:
+    def close(self, *_):
         """End the process and a call that runs. A second close does nothing."""
         self.closed = True
         if self._child.ours:  # in a fork the connection is the parent's

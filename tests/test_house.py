@@ -24,7 +24,7 @@ BUDGETS = {  # Python tokens
     "first sitting": (FIRST_SITTING, 8_000),
     "second sitting": (SECOND_SITTING, 6_600),
     # The engine rooms are what they are now. They may shrink; 15,000 and 43,000 in all is the aim.
-    "engine": ([name for name in FILES if name.startswith("engine/")], 33_000),
+    "engine": ([name for name in FILES if name.startswith("engine/")], 33_300),
     "tasks": ([name for name in FILES if name.startswith("tasks/")], 9_800),
     "all": (FILES, 58_500),
 }
