@@ -23,8 +23,7 @@ def read_prelude(path: str) -> str:
         code = Path(path).read_text(encoding="utf-8-sig")
         compile(code, path, "exec", dont_inherit=True)
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        why = str(error) or repr(error)
-        raise DataError(f"--prelude {path:.90}: not a file of Python: {why:.150}") from None
+        raise DataError(f"--prelude {path:.90}: not a file of Python: {error!s:.150}") from None
     if not definitions(code):
         raise DataError(
             f"--prelude {path:.90}: it defines no function or class for the policy's code to call"

@@ -76,6 +76,7 @@ class Session:
     def serve(self, missing: list[str], videos: list[int]):
         """Say which layers of the confinement are missing, then answer calls, without end.
 
+        Before, the code of --prelude runs, and the inputs are bound.
         videos: descriptors of the files that become video_clue_0, video_clue_1, …
         """
         requests = open(self.descriptor, "rb", closefd=False)
