@@ -12,13 +12,8 @@ import re
 from pathlib import Path
 
 from data import DataError
-from engine.prelude import read_prelude
-from engine.run import leader, open_folder, versions
+from engine.run import check_bounds, leader, open_folder, versions
 
-EXPECTED = dict(  # regular expressions of what a setting may be
-    task="image|video|image,video|video,image",
-    frames=r"|[1-9]\d*|\d*\.?\d+fps",
-)
 LEAST = dict(  # of a setting
     questions=1,
     k=1,
@@ -52,16 +47,8 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def check(config) -> None:
-    """Hold settings against what they may be; none is filled in later. Raises DataError."""
-    read_prelude(config.prelude)
-    for name, pattern in EXPECTED.items():
-        value = getattr(config, name)
-        if not re.fullmatch(pattern, value):
-            raise DataError(f"--{name} {value}: expected {pattern}")
-    for name, bound in LEAST.items():
-        value = getattr(config, name)
-        if value is not None and not value >= bound:
-            raise DataError(f"--{name} {value}: must be at least {bound}")
+    """Hold an evaluation's settings against what they may be. Raises DataError."""
+    check_bounds(config, LEAST)
 
 
 def newest(task: str, frames: str, any_data: bool) -> str:

@@ -172,18 +172,23 @@ def earlier(cls: type, out: Path):
 
 def check(config) -> None:
     """Hold a run's settings against what they may be. Raises DataError."""
+    check_bounds(config, LEAST)
+    tracker = config.tracker
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise DataError(f"--tracker {tracker} is not installed: pip install {tracker}")
+
+
+def check_bounds(config, least: dict) -> None:
+    """Hold settings against EXPECTED and lower bounds; None comes later. Raises DataError."""
     read_prelude(config.prelude)
     for name, pattern in EXPECTED.items():
         value = getattr(config, name)
         if not re.fullmatch(pattern, value):
             raise DataError(f"--{name} {value}: expected {pattern}")
-    for name, bound in LEAST.items():
+    for name, bound in least.items():
         value = getattr(config, name)
-        if not value >= bound:
+        if value is not None and not value >= bound:
             raise DataError(f"--{name} {value}: must be at least {bound}")
-    tracker = config.tracker
-    if tracker and importlib.util.find_spec(tracker) is None:
-        raise DataError(f"--tracker {tracker} is not installed: pip install {tracker}")
 
 
 def open_folder(out: Path) -> None:

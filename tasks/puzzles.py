@@ -39,7 +39,8 @@ A task is a function that returns a list of `data.Sample`; nothing needs to be r
 
 - `images` are PIL images (or paths), which the policy sees and code finds as image_clue_0, ….
   `videos` are paths; code finds them as video_clue_0, …, and the policy sees only what it shows.
-- engine/prompt.py puts prompt and question together; a sample's own `prompt` replaces the built-in words.
+- engine/prompt.py puts prompt and question together; a sample's own `prompt` replaces the
+  built-in words.
 - What the policy writes into \boxed{} reaches `verify(answer, sample)`. It compares with
   `sample.answer`: as an option where the question lists options "(A) … (B) …", as a number, or
   as words; True, False, or None where a rule cannot tell. Where `data_source` ends in
