@@ -55,14 +55,14 @@ def test_every_path_of_the_readme_exists():
 
 
 def test_the_table_of_files_says_how_long_they_are():
-    """About, so that a small change needs no new table."""
+    """About, in hundreds, so that a small change needs no new table."""
     rows = {name: int(tokens.replace(",", "")) for name, tokens in ROW.findall(README)}
     listed = {path.relative_to(ROOT).as_posix() for path in (ROOT / "engine").glob("*.py")}
     listed |= {"rollout.py", "reward.py", "train.py", "model.py", "data.py", "sandbox.py"}
     assert set(rows) == listed
     for name, tokens in rows.items():
         found = len(code_tokens((ROOT / name).read_text()))
-        assert found == pytest.approx(tokens, rel=0.15), name
+        assert found == pytest.approx(tokens, rel=0.15, abs=60), name
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
