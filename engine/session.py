@@ -79,13 +79,20 @@ class Session:
         Before, the code of --prelude runs, and the inputs are bound.
         videos: descriptors of the files that become video_clue_0, video_clue_1, …
         """
+        # Ahead of the inputs: these take a millisecond and more the first time.
+        _seed(None)
+        self.figures.begin(0)
+        self.console.begin()
+        self._run("", 1)
         requests = open(self.descriptor, "rb", closefd=False)
         self.call, self.console.limit, seed, prelude = pickle.load(requests)
-        try:
-            self._execute(prelude)
-        except BaseException as error:
-            raise RuntimeError(f"--prelude: it raised {error!r}") from error
-        _seed(seed)
+        if prelude:
+            try:
+                self._execute(prelude)
+            except BaseException as error:
+                raise RuntimeError(f"--prelude: it raised {error!r}") from error
+        if prelude or seed is not None:
+            _seed(seed)
         for clue, image in enumerate(pickle.load(requests)):
             self.namespace[f"image_clue_{clue}"] = image
         for number, descriptor in enumerate(videos):
