@@ -19,7 +19,7 @@ ANSWER_FORMAT = "<answer>\n\\boxed{your answer}\n</answer>\nQuestion: {query}"
 DIRECT_PROMPT = f"Answer the question below. Write\n{ANSWER_FORMAT}"
 AGENT_PROMPT = (
     "Answer the question below with the help of Python. The session keeps its variables and holds "
-    "{clues}. print() shows text; plt.show() shows a figure, which becomes the next image_clue. "
+    "{clues}. print() shows text; plt.show() and image.show() show a figure, the next image_clue. "
     "To run code, write\n<code>\n```python\nyour code\n```\n</code>\nand read what comes back. "
     "Look as often as you need. To answer, write\n" + ANSWER_FORMAT
 )
