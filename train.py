@@ -334,7 +334,7 @@ def update(run: Run, groups: list) -> dict:
     lr = config.lr * min(1.0, (run.step + 1) / (config.warmup + 1))
     totals = torch.zeros(5, dtype=torch.float64)
     norms = []
-    gaps = [0.0]
+    gaps = [0.0]  # before any update
     skipped = 0
     parts = [groups[k :: config.minibatches] for k in range(config.minibatches)]
     for part in filter(None, parts):
@@ -352,7 +352,7 @@ def update(run: Run, groups: list) -> dict:
     metrics = dict(loss=means[0], grad_norm=mean(norms), entropy=means[1], lr=lr)
     metrics.update(updates_skipped=skipped)
     if config.stage == "rl":
-        # The gap is that of the first update: later ones differ from the rollout by design.
+        # The gap before the first update that was taken: later ones differ by design.
         metrics.update(clip_fraction=means[2], logprob_gap=gaps[:2][-1])
     return metrics
 
