@@ -119,6 +119,8 @@ def verify_batch(pairs: list[tuple[str | None, Sample]]) -> list[bool | None]:
         if key not in verdicts:
             verdicts[key] = _by_rule(answer, sample)
     unsolved = [verdict for verdict in set(verdicts.values()) if isinstance(verdict, tuple)]
+    if not unsolved:
+        return [verdicts[key] for key in keys]
     if unsolved and importlib.util.find_spec("math_verify") is None:
         raise DataError("an answer in mathematics needs math-verify: pip install math-verify")
     solved = dict(zip(unsolved, map(_solved, unsolved, algebra.equal(unsolved)), strict=True))
