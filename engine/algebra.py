@@ -100,12 +100,13 @@ def _compare(answer, reference):
     import math_verify  # it takes a second, which the trainer does not pay
     from latex2sympy2_extended import NormalizationConfig
 
-    latex = math_verify.LatexExtractionConfig(normalization_config=NormalizationConfig())
+    mended = NormalizationConfig(malformed_operators=True)  # such as "\\sqrt x" without braces
+    latex = math_verify.LatexExtractionConfig(normalization_config=mended)
     parsed = []
     for text in (answer, reference):
         found = math_verify.parse(f"${text}$", [latex], "no_fallback", parsing_timeout=None)
         parsed.append(found[0])
-    if all(expression.is_comparable for expression in parsed):  # real numbers
+    if all(expression.is_comparable and expression.is_finite for expression in parsed):
         numbers = [expression.doit() for expression in parsed]
         if all(number.is_integer for number in numbers):
             return numbers[0] == numbers[1]
