@@ -78,7 +78,7 @@ QUANTITY = re.compile(
 )
 ONE_NUMBER = re.compile(r"\D*?((-?[\d,]*\.?\d+)(?: ?[^\W\d]+)?)\b\D*")
 DATE = re.compile(r"(?i)\b(?:dates?|days?|when|month|birthday|ratio|odds|score|rating)\b")
-UNIT_ASKED = re.compile(r"(?:\bin |\((?!in ))((?:square |cubic )?[a-zA-Z/%^2-3]+)")
+UNIT_ASKED = re.compile(r"(?:\bin |\((?!in ))(?!per)((?:square |cubic )?[a-zA-Z/^23]+)")
 UNIT_TABLE = """
 scale 12 ×dozen
 scale 100 ×hundred

@@ -86,19 +86,18 @@ def _compare(answer, reference, question=""):
     if re.match(r"0\d", pair[1]):  # an id or a time
         return None
     said = quantity(answer, question)
-    wanted = quantity(reference, question)
+    wanted = asked(reference, question)
     if said and wanted:
-        if said.kind:
-            wanted = asked(reference, question)
         verdict = measure(said, wanted)
         in_billions = re.search(r"(?i)\b(?:hundred|thousand|[mbtr]+illion)s?\b", question)
         return verdict or None if in_billions else verdict
     places = [PLACE.fullmatch(words(text)) for text in pair]
-    if None not in places and words(answer) == places[0][1]:
+    if None not in places and words(answer).removesuffix(" side") == places[0][1]:
         return True if places[0][1] == places[1][1] else None
+    if not all(map(MATHS.fullmatch, pair)):
+        return None
     brackets = {text[0] + text[-1] for text in pair if "," in text}
-    mathematics = all(map(MATHS.fullmatch, pair)) and len(brackets) < 2
-    return pair if mathematics else None
+    return pair if len(brackets) < 2 else None
 
 
 def _named(text, options):
@@ -129,12 +128,15 @@ def _plainly(text, options):
     """The letters of a phrase that says nothing else, as `_named`."""
 
     def mark(match):
-        letter = (match[1] or match[2]).upper()
+        letter = match[match.lastindex].upper()
         return f" §{letter} " if letter in options else match[0]
 
     marked = LETTER.sub(mark, text)
+    alone = re.fullmatch(r"[\s.:]*§(.)[\s.:]*", marked)
+    if alone:
+        return {alone[1]}
     equal = {x for x, option in options.items() if option and _compare(text, option) is True}
-    if equal and not re.fullmatch(r"\W*§.\W*", marked):
+    if equal:
         return equal
     phrase = words(marked)
     certain = re.match(r"[(\[]?[A-Z][)\].:、]", text) is not None
@@ -146,14 +148,8 @@ def _plainly(text, options):
             certain = True
     found = set(re.findall("§(.)", phrase))
     rest = FILLER.sub("", re.sub("§.", " ", phrase))
-    if found and (not rest or len(found) == 1 and certain and not MORE.search(phrase)):
-        return found
-    if found or not re.fullmatch(r"[a-z ]{3,}", phrase):
-        return None if found else set()
-    part = re.compile(rf"\b{phrase}\b")  # such as "left" of "The dog is on the left side"
-    holding = [letter for letter, option in options.items() if part.search(words(option))]
-    alone = len(holding) == 1 and not AGAINST.search(options[holding[0]])
-    return set(holding) if alone else set()
+    clear = not rest or len(found) == 1 and certain and not MORE.search(phrase)
+    return found if clear or not found else None
 
 
 @functools.lru_cache(4096)
@@ -187,9 +183,7 @@ def _by_rule(answer, question, reference, source):
 
 def verify_batch(pairs: list[tuple[str | None, Sample]]) -> list[bool | None]:
     """`verify` for each (answer, sample); what is asked several times is decided once."""
-    verdicts = []
-    for answer, sample in pairs:
-        verdicts.append(_by_rule(answer, sample.question, sample.answer, sample.data_source))
+    verdicts = [_by_rule(answer, x.question, x.answer, x.data_source) for answer, x in pairs]
     unsolved = list({verdict for verdict in verdicts if isinstance(verdict, tuple)})
     if not unsolved:
         return verdicts

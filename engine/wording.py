@@ -108,6 +108,7 @@ def words(text: str) -> str:
     return rewrite(text, WORDS)
 
 
+@functools.lru_cache(4096)
 def choices(question: str) -> dict[str, str]:
     """The options a question lists: "(A) white", "[A] white", "A. white", "A: white", "A、白".
 
