@@ -18,16 +18,12 @@ from engine.video import frame_times
 
 ANSWER_FORMAT = "<answer>\n\\boxed{your answer}\n</answer>\nQuestion: {query}"
 DIRECT_PROMPT = f"Answer the question below. Write\n{ANSWER_FORMAT}"
-AGENT_PROMPT = f"""Answer the question below with the help of Python. The session keeps its \
-variables and holds {{clues}}. print() shows text; plt.show() and image.show() show a figure, the \
-next image_clue. To run code, write
-<code>
-```python
-your code
-```
-</code>
-and read what comes back. Look as often as you need. To answer, write
-{ANSWER_FORMAT}"""
+AGENT_PROMPT = (
+    "Answer the question below with the help of Python. The session keeps its variables and holds "
+    "{clues}. print() shows text; plt.show() and image.show() show a figure, the next image_clue. "
+    "To run code, write\n<code>\n```python\nyour code\n```\n</code>\nand read what comes back. "
+    "Look as often as you need. To answer, write\n" + ANSWER_FORMAT
+)
 IMAGE = "image_clue_{} (PIL image, width {}, height {})"
 VIDEO = """video_clue_{number} (decord VideoReader, width {width}, height {height}, \
 {frames} frames, {rate}; video_clue_{number}[i].asnumpy() is frame i)"""

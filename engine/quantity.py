@@ -28,7 +28,7 @@ PYTHON = table(r"""
 (?<=\d),(?=\d{3}(?!\d))                         →
 (?<![\d.])(\d+) (\d+/\d+)                       → (\1+\2)
 \^                                              → **
-(?<=[\d.)π])␣?(?=[(π])|(?<=[)π])␣?(?=\d)        → *
+(?<=[\d.)π])\ ?(?=[(π])|(?<=[)π])\ ?(?=\d)        → *
 π                                               → 3.141592653589793
 (?<![\d.])(\d+)(?![\d.])                        → \1.
 """)
@@ -67,9 +67,10 @@ SPOKEN = table(r"""
 §[- ]([1-9])\b       → \1
 §                    → 0
 """)
-NUMBER = re.compile(r"[+-]?(?:(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?|\.\d+)")
+NUMBER = r"[+-]?(?:(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?|\.\d+)"
 RANGE_OR_DATE = re.compile(
-    r"[+-]?[\d.,]+(?:/\d+)?%?(?: ?- ?[+-]?[\d.,]+(?:/\d+)?%?)+|\d+(?:/\d+){2,}|0\d*/\d+|\d+/0\d*"
+    r"[+-]?[\d.,]+(?:/\d+)?%?(?: ?- ?[+-]?[\d.,]+(?:/\d+)?%?)+|\d+(?:/\d+){2,}"
+    r"|(?:0\d*|\d{4,})/\d+|\d+/0\d*"
 )
 QUANTITY = re.compile(
     r"(?P<money>[$€£¥₹]?) ?(?P<number>[-+*/^().,\dπ ]*[\d).π]) ?"
@@ -77,8 +78,8 @@ QUANTITY = re.compile(
     r" ?(?P<unit>(?:[^\d ](?:.*\S)?)?)"
 )
 ONE_NUMBER = re.compile(r"\D*?((-?[\d,]*\.?\d+)(?: ?[^\W\d]+)?)\b\D*")
-DATE = re.compile(r"(?i)\b(?:dates?|days?|when|month|birthday|ratio|odds|score|rating)\b")
-UNIT_ASKED = re.compile(r"(?:\bin |\((?!in ))(?!per)((?:square |cubic )?[a-zA-Z/^23]+)")
+DATE = r"(?i)\b(?:dates?|days?|when|month|birthday|ratio|odds|score|rating)\b"
+UNIT_ASKED = r"(?:\bin |\((?!in ))(?!per)((?:square |cubic )?[a-zA-Z/^23]+)"
 UNIT_TABLE = """
 scale 12 ×dozen
 scale 100 ×hundred
@@ -183,7 +184,7 @@ def value(text: str) -> float | None:
 
 def _number(text):
     """Quantity without a unit, or None."""
-    if NUMBER.fullmatch(text):
+    if re.fullmatch(NUMBER, text):
         decimals = text.partition(".")[2]
         return Quantity(Fraction(text.replace(",", "")), len(decimals))
     number = value(text)
@@ -199,7 +200,7 @@ def quantity(text: str, question: str = "") -> Quantity | None:
     if number is None:
         return None
     if re.fullmatch(r"\d+/\d+", text):
-        improper = number.value >= 1 or DATE.search(question) is not None
+        improper = number.value >= 1 or re.search(DATE, question) is not None
         lowest_terms = str(Fraction(text)) == text  # 12/6 is a date or a ratio
         return number._replace(doubtful=improper) if lowest_terms else None
     if found["scale"]:
@@ -219,7 +220,7 @@ def quantity(text: str, question: str = "") -> Quantity | None:
 
 def asked(text: str, question: str) -> Quantity | None:
     """As `quantity`; a number alone is in the unit that the question names: "in meters?"."""
-    for name in UNIT_ASKED.findall(question):
+    for name in re.findall(UNIT_ASKED, question):
         if quantity(f"{text} {name}"):
             return quantity(f"{text} {name}")
     return quantity(text, question)

@@ -36,27 +36,23 @@ from engine.wording import AGAINST, choices, tidy, words
 
 MAX_ANSWER = 1000  # characters; an answer this long is malformed (PAPER)
 MRA_SOURCES = "vsi_numerical", "_rule_verifiable"  # endings of data_source: numbers go by MRA
-PLACE = re.compile(  # the place as what is said, not as a mark of something else
-    r"(?:.* (?:is|are) )?(?:(?:on|to|at) )?(left|right|above|below|behind|under)"
-    r"(?: hand)?(?: side)?(?: of .*)?"
-)
+# The place as what is said, not as a mark of something else.
+PLACE = r"""(?x)(?:.*\ (?:is|are)\ )?(?:(?:on|to|at)\ )?(left|right|above|below|behind|under)
+    (?:\ hand)?(?:\ side)?(?:\ of\ .*)?"""
 UNLISTED = re.compile(r"[(\[]?([A-H])(?:[)\].]+ ?|$)([^A-Za-z]*)")  # "C. 30", with none listed
 LETTER = re.compile(  # a capital by itself, but not the article in "A dog", the pronoun in "I see"
     r"(?<![a-zA-Z0-9_'*^+=<-])[(\[]?([B-HJ-Z]|[AI](?! (?!or\b|and\b|is\b|to\b)[a-z]))"
     r"[)\].:、]*(?![a-zA-Z0-9_'*^+=-])"
     r"|(?:[(\[]|(?i:option|answer|choice) |^)([a-z])(?:[)\].:、]+|$)"
 )
-FILLER = re.compile(
-    r"""(?i:\b(?:so|thus|hence|therefore|i|think|believe|choose|pick|select|would|should|must|
-    be|say|go|with|it|is|it's|are|the|an|my|final|correct|best|right|answers?|options?|choices?|
-    letters?|ones?|both|either|or|and)\b)|\ba(?=\ \w)|[\s.,;:/&()\[\]"'!、]|答案|选项?|择|是|为""",
-    re.VERBOSE,
-)
-MORE = re.compile(rf"{AGAINST.pattern}|\b(?:and|all|any)\b")  # "black and white" is not white
-CLAIM = re.compile(r"(?i)(final |最终)?(?:\b(?:answer|choice|option)(?: is|:)|答案[是为:])\s*")
+FILLER = r"""(?x)(?i:\b(?:so|thus|hence|therefore|i|think|believe|choose|pick|select|would|should|
+    must|be|say|go|with|it|is|it's|are|the|an|my|final|correct|best|right|answers?|options?|choices?|
+    letters?|ones?|both|either|or|and)\b)|\ba(?=\ \w)|[\s.,;:/&()\[\]"'!、]|答案|选项?|择|是|为"""
+MORE = rf"{AGAINST.pattern}|\b(?:and|all|any)\b"  # "black and white" is not white
+CLAIM = r"(?i)(final |最终)?(?:\b(?:answer|choice|option)(?: is|:)|答案[是为:])\s*"
 HEAD = re.compile(r"(?<=[.!;。])\s+|,? (?:because|since|as) |\n")
 MATHS = re.compile(
-    r"""
+    r"""(?x)
     (?!
         (?! [+-]? [\d,]* \.? \d+ $) [\d\s.,/-]* $     # a range, a date, a list
         | [^(\[\\].*,                                 # a list without brackets: is its order free?
@@ -73,8 +69,7 @@ MATHS = re.compile(
     )
     # Digits, operators, brackets, LaTeX commands, names of one or two letters.
     (?:\\[a-zA-Z]+|\\[{}|]|(?<![a-zA-Z])[a-zA-Z]{1,2}(?![a-zA-Z])|[\d\s+*/^_=<>()\[\]{}|,.!-])+
-    """,
-    re.VERBOSE,
+    """
 )
 
 
@@ -91,7 +86,7 @@ def _compare(answer, reference, question=""):
         verdict = measure(said, wanted)
         in_billions = re.search(r"(?i)\b(?:hundred|thousand|[mbtr]+illion)s?\b", question)
         return verdict or None if in_billions else verdict
-    places = [PLACE.fullmatch(words(text)) for text in pair]
+    places = [re.fullmatch(PLACE, words(text)) for text in pair]
     if None not in places and words(answer).removesuffix(" side") == places[0][1]:
         return True if places[0][1] == places[1][1] else None
     if not all(map(MATHS.fullmatch, pair)):
@@ -107,7 +102,7 @@ def _named(text, options):
     may only give reasons.
     """
     text = tidy(text)
-    claims = list(CLAIM.finditer(text))
+    claims = list(re.finditer(CLAIM, text))
     start = claims[-1].end() if claims else 0
     before = HEAD.split(text[:start])[-1]
     if AGAINST.search(before) or LETTER.search(before):
@@ -147,8 +142,8 @@ def _plainly(text, options):
             phrase = re.sub(said, f" §{letter} ", phrase)
             certain = True
     found = set(re.findall("§(.)", phrase))
-    rest = FILLER.sub("", re.sub("§.", " ", phrase))
-    clear = not rest or len(found) == 1 and certain and not MORE.search(phrase)
+    rest = re.sub(FILLER, "", re.sub("§.", " ", phrase))
+    clear = not rest or len(found) == 1 and certain and not re.search(MORE, phrase)
     return found if clear or not found else None
 
 

@@ -1,7 +1,7 @@
 r"""What a text says: spellings of the same made alike, and the options that a question lists.
 
 Spellings are made alike by tables of rules, one a line: a pattern, an arrow, and what takes the
-place of what it matches. A ␣ stands for a space at either end.
+place of what it matches. A ␣ there stands for a space.
 """
 
 import functools
@@ -14,8 +14,8 @@ def table(text: str) -> list[tuple[re.Pattern, str]]:
     """The rules of a table, for `rewrite`."""
     rules = []
     for line in text.strip().splitlines():
-        pattern, replacement = (side.strip().replace("␣", " ") for side in line.split("→"))
-        rules.append((re.compile(pattern), replacement))
+        pattern, replacement = re.split(" *→ *", line)
+        rules.append((re.compile(pattern), replacement.replace("␣", " ")))
     return rules
 
 
@@ -47,7 +47,7 @@ TIDY = table(r"""
 ∞                                               → \\infty␣
 ≤|<=|\\leq                                      → \\le␣
 ≥|>=|\\geq                                      → \\ge␣
-␣?\bper ?cent\b                                 → %
+\ ?\bper ?cent\b                                 → %
 \^ *\{(\w)\}                                    → ^\1
 ^ *\{([^{}]*,[^{}]*)\} *$                       → \\{\1\\}
 \s+                                             → ␣
@@ -56,15 +56,15 @@ WORDS = table(r"""
 (?i)^(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:final |correct )?answer(?: is|:) *   →
 (?i)^(?:the )?(?:final |correct )?(?:option|choice)(?: is|:) *   →
 ^(?:答案|选项|选择|应选|故选|选|是|为|:| )+       →
-(?i)^(?:it is|it's)␣                            →
+(?i)^(?:it is|it's)[ ]   →
 (?i)(?<!§)\b(?:the|an?) (?=(?!sin|cos|tan|log|ln|exp)[a-z]{2})   →
 (?<=[a-z]{3})[-_](?=[a-z]{3})                   → ␣
-␣?([/=+*^<>]) ?                                 → \1
+\ ?([/=+*^<>]) ?                                 → \1
 (?<=\d) ?(?:-|to|~) ?(?=\d)                     → ␣to␣
 ^ *(["'`“])(.*)["'`”] *$                        → \2
 ^[\s,;:]+|(?:(?<=[^\W\d]{3})[!?]|[\s.,;:。])+$   →
 (?<!\d),|,(?!\d{3}\b)                           → ,␣
-␣+                                              → ␣
+\ +                                              → ␣
 ^\[([^()\[\],]*)\]$|^\(([^()\[\]]*)\)$          → \1\2
 """)
 AGAINST = re.compile(
@@ -76,7 +76,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ-"
 MARK = re.compile(
     r"(?:^|(?<=[\s;,?.:。？：]))([(（\[【])?([A-Za-zＡ-Ｚ])(?(1)[)）\]】]|(?<![a-z])[.):、．：）])\s*(?=\S)"
 )
-END_OF_OPTION = re.compile(r"\n|\W+(?:Please )?[Aa]nswer with")
+END_OF_OPTION = r"\n|\W+(?:Please )?[Aa]nswer with"
 NO_OPTION = re.compile(  # "panels (a) and (b)", "Is (a) larger than (b)?", "(a) is red. Is (b)?"
     r"^(?:$|[.,;:?!]|and\b|or\b)|\b(?:and|or|with|to|from|than|vs|of|in|is)$|[.!?] .*\?$"
 )
@@ -127,7 +127,7 @@ def choices(question: str) -> dict[str, str]:
     for run in runs:
         between = itertools.pairwise([*run, end])
         texts = [question[mark.end() : following.start()].strip() for mark, following in between]
-        texts = [END_OF_OPTION.split(text)[0].strip(" ;,") for text in texts]
+        texts = [re.split(END_OF_OPTION, text)[0].strip(" ;,") for text in texts]
         if len(texts) >= max(2, len(best)) and not any(map(NO_OPTION.search, texts)):
             best = dict(zip(LETTERS, texts, strict=False))
     return best
