@@ -74,7 +74,8 @@ RANGE_OR_DATE = re.compile(
 )
 QUANTITY = re.compile(
     r"(?P<money>[$€£¥₹]?) ?(?P<number>[-+*/^().,\dπ ]*[\d).π]) ?"
-    r"(?P<scale>(?:(?<=\d)(?:[kKMB]|bn)(?![a-zA-Z])|(?:hundred|dozen|thousand|(?:m|b|tr)illion)\b)?)"
+    r"(?P<scale>(?:(?<=\d)(?:[kKMB]|bn)(?![a-zA-Z])"
+    r"|(?:hundred|dozen|thousand|[mb]illion|trillion)\b)?)"
     r" ?(?P<unit>(?:[^\d ](?:.*\S)?)?)"
 )
 ONE_NUMBER = re.compile(r"\D*?((-?[\d,]*\.?\d+)(?: ?[^\W\d]+)?)\b\D*")

@@ -46,8 +46,9 @@ LETTER = re.compile(  # a capital by itself, but not the article in "A dog", the
     r"|(?:[(\[]|(?i:option|answer|choice) |^)([a-z])(?:[)\].:、]+|$)"
 )
 FILLER = r"""(?x)(?i:\b(?:so|thus|hence|therefore|i|think|believe|choose|pick|select|would|should|
-    must|be|say|go|with|it|is|it's|are|the|an|my|final|correct|best|right|answers?|options?|choices?|
-    letters?|ones?|both|either|or|and)\b)|\ba(?=\ \w)|[\s.,;:/&()\[\]"'!、]|答案|选项?|择|是|为"""
+    must|be|say|go|with|it|is|it's|are|the|an|my|final|correct|best|right|answers?|options?|
+    choices?|letters?|ones?|both|either|or|and)\b)
+    |\ba(?=\ \w)|[\s.,;:/&()\[\]"'!、]|答案|选项?|择|是|为"""
 MORE = rf"{AGAINST.pattern}|\b(?:and|all|any)\b"  # "black and white" is not white
 CLAIM = r"(?i)(final |最终)?(?:\b(?:answer|choice|option)(?: is|:)|答案[是为:])\s*"
 HEAD = re.compile(r"(?<=[.!;。])\s+|,? (?:because|since|as) |\n")
@@ -88,7 +89,7 @@ def _compare(answer, reference, question=""):
         return verdict or None if in_billions else verdict
     places = [re.fullmatch(PLACE, words(text)) for text in pair]
     if None not in places and words(answer).removesuffix(" side") == places[0][1]:
-        return True if places[0][1] == places[1][1] else None
+        return places[0][1] == places[1][1] or None
     if not all(map(MATHS.fullmatch, pair)):
         return None
     brackets = {text[0] + text[-1] for text in pair if "," in text}
@@ -165,14 +166,12 @@ def _by_rule(answer, question, reference, source):
     if not right:
         return _compare(answer, reference, question)
     letters = _named(answer, options)
-    if (
-        letters is None
-        or len(right) > 1
-        and (re.search(r"\b(?:or|either)\b|/", answer) or not letters)
-    ):
-        return None
-    if letters:
+    several = len(right) > 1
+    either = re.search(r"\b(?:or|either)\b|/", answer)
+    if letters and not (several and either):
         return letters == right
+    if letters is None or several:
+        return None
     return _compare(answer, options[min(right)], question)
 
 
