@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -22,6 +23,7 @@ from engine.video import duration, frame_times, middle_frames, show_frames
 
 PAGE_BYTES = 64_000_000  # more than that a phone does not open
 PAGE = Path(__file__).parents[1] / "docs" / "report.html"  # DATA and DIGEST are filled in
+COMPLETE = re.compile(r'"repeat": \d+}$')  # how a record ends, as JSON
 STRIP = 12  # frames that are shown of a video
 PANELS = (
     "accuracy",
@@ -56,7 +58,7 @@ def looks(t, pictures: bool = False) -> dict:
     uniform = t.prompt_images - len(t.sample.images)
     for number, path in enumerate(paths):
         try:
-            times = frame_times(path).round(2).tolist()
+            times = frame_times(path).astype(float).round(2).tolist()
             length = duration(path)
         except DataError:  # it vanished since
             continue
@@ -132,6 +134,17 @@ def record(t, index: int = 0, repeat: int = 0, step: int | None = None, trained=
     )
 
 
+def as_text(lines: list[dict]) -> str:
+    """Dicts as JSON lines."""
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The whole records of a file of JSON lines: a kill may cut the last. [] without a file."""
+    texts = file.read_text("utf-8").split("\n") if file.exists() else []
+    return [json.loads(text) for text in texts if COMPLETE.search(text)]
+
+
 def step_records(groups: list[list], kept: list[list], step: int) -> list[dict]:
     """Records of all that a step sampled. kept: the groups that were trained on."""
     trained = {id(t) for t in flat(kept)}
@@ -147,14 +160,14 @@ def write_report(path: Path, records: list[dict], title: str, history: list[dict
 
     history: records of the same questions at several steps, which the page shows side by side.
     """
-    content = dict(title=title, trajectories=records, history=list(history))
-    stride = 1 + len(json.dumps(content)) // PAGE_BYTES
+    stride = 1 + len(json.dumps([records, history])) // PAGE_BYTES
     if stride > 1:
-        content = dict(
-            title=f"{title} (one question of {stride}: more do not fit)",
-            trajectories=share(records, stride),
-            history=share(history, stride),
-        )
+        title += f" (one question of {stride}: more do not fit)"
+    content = dict(
+        title=title,
+        trajectories=share(records, stride),
+        history=share(history, stride),
+    )
     data = json.dumps(content).replace("<", "\\u003c")
     page = PAGE.read_text("utf-8")
     script = page.rpartition("<script>")[2].partition("</script>")[0]

@@ -22,8 +22,9 @@ from PIL import Image
 
 import evaluate
 from data import Sample
-from engine.evaluation import Lines, as_text
+from engine.evaluation import Lines
 from engine.flags import parse_flags
+from engine.report import as_text
 from engine.run import LOCKS
 from evaluate import EvalConfig, main
 from model import load_policy, save_policy, tiny_policy
