@@ -144,7 +144,8 @@ def interrupted(*_) -> None:
 
     So the process ends here. Its sandboxes end with it, and checkpoints are complete or absent.
     """
-    os.write(2, b"stopped; the same command goes on (train.py: with --resume)\n")
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once, and not once a process
+        os.write(2, b"stopped; the same command goes on (train.py: with --resume)\n")
     os._exit(130)
 
 
