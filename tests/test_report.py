@@ -13,7 +13,15 @@ from PIL import Image
 from data import Sample
 from engine import report
 from engine.boxes import crops
-from engine.report import curves, record, step_records, thumbnail, write_report
+from engine.report import (
+    as_text,
+    curves,
+    read_lines,
+    record,
+    step_records,
+    thumbnail,
+    write_report,
+)
 from rollout import EndReason, Trajectory, Turn, select
 
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
@@ -261,6 +269,16 @@ def test_a_video_says_where_it_was_looked_at():
     assert strip["turns"] == [[]] * 6  # the context showed them, and no turn
 
 
+def test_a_line_that_a_kill_cut_is_left_out(tmp_path):
+    some = [json.loads(json.dumps(record(answered(ask(), True), k))) for k in range(3)]
+    file = tmp_path / "rollouts.jsonl"
+    assert read_lines(file) == []
+    file.write_text(as_text(some))
+    assert read_lines(file) == some
+    file.write_text(as_text(some)[:-2])
+    assert read_lines(file) == some[:2]
+
+
 def test_curves_are_drawn_of_whatever_the_rows_hold(tmp_path):
     rows = [{"step": 0, "eval_accuracy": 0.4}, {"step": 1, "loss": 1.0, "accuracy": 0.5}]
     curves(tmp_path / "rl.png", rows)
@@ -399,6 +417,19 @@ def test_one_held_out_question_is_shown_at_every_step(run_page):
     cells = history.split("<small")[1:]
     assert len(cells) == 2 and "blue" in cells[0] and "red" in cells[1]
     assert 'class="box' not in cells[0] and 'class="box' in cells[1]
+
+
+@in_browser
+def test_of_what_a_resumed_run_answered_again_the_last_answer_is_shown(tmp_path):
+    abandoned = record(answered(ask("h"), True), 0, 0, 40)
+    first = record(answered(ask("h"), False), 0, 0, 20)
+    again = record(answered(ask("h"), True), 0, 0, 20)
+    groups = [[answered(ask("a"), False)]]
+    records = step_records(groups, groups, 30)
+    write_report(tmp_path / "r.html", records, "t", [abandoned, first, again])
+    shown, _ = page(tmp_path / "r.html")
+    assert "step 20: 1 of 1 right" in shown
+    assert "step 40" not in shown.split("<main>")[0]  # it is ahead of the run
 
 
 @in_browser
