@@ -181,13 +181,15 @@ def _row(benchmark, record, file, media):
     # Options that the question lists, or that only repeat the letters, are not shown again.
     if choices(question) != options and list(options) != list(options.values()):
         question += "".join(f"\n({letter}) {text}" for letter, text in options.items())
-    images = [record[key] for key in benchmark.images.split()]
+    files = [record[key] for key in benchmark.images.split()]
+    images = [_path(image, file, media) for image in files if image]
+    videos = [_path(record["video"], file, media)] if record.get("video") else []
     row = Row(
         name,
         question + record.get("form", ""),
         answer,
-        tuple(_path(image, file, media) for image in images if image),
-        tuple(_path(video, file, media) for video in [record.get("video")] if video),
+        tuple(images),
+        tuple(videos),
         data_source=record.get("data_source", ""),
         meta=record | {"options": options},
         unit=benchmark.unit.format(**{"id": name, **record}),
