@@ -204,7 +204,6 @@ class Sandbox(AbstractContextManager):
         for _ in range(WAITING + 3):  # children that waited may have died
             try:
                 self._child = _pool.take(bool(videos))
-                self._received = bytearray()  # and not yet looked at
                 self._end = weakref.finalize(self, self._child.end)
                 self._end.atexit = False  # at exit the forking process ends what is left
                 return self._bind(videos)
@@ -273,19 +272,18 @@ class Sandbox(AbstractContextManager):
 
     def _receive(self, size, deadline):
         """Exactly `size` bytes before the deadline, however they dribble in."""
-        received = self._received
-        while len(received) < size:
+        received = bytearray(size)
+        rest = memoryview(received)
+        while rest:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError("timed out")
             self._child.channel.settimeout(left)
-            part = self._child.channel.recv(2**16)
-            if not part:
+            count = self._child.channel.recv_into(rest)
+            if not count:
                 raise EOFError("its process died")
-            received += part
-        taken = bytes(received[:size])
-        del received[:size]
-        return taken
+            rest = rest[count:]
+        return received
 
 
 # ---- what is let through
@@ -342,13 +340,14 @@ def _pairs(values, most):
 def _figures(reply, start, sizes):
     """The figures whose pixels begin at `start` and fill the rest of the reply."""
     images = []
+    pixels = memoryview(reply)  # whose parts are no copies
     left = 3 * MAX_CALL_PIXELS
     for size in sizes:
         length = 3 * size[0] * size[1]
         left -= length
         if left < 0 or not _is_size(size):
             raise ValueError("its process sent malformed figures")
-        images.append(Image.frombytes("RGB", size, reply[start : start + length]))
+        images.append(Image.frombytes("RGB", size, pixels[start : start + length]))
         start += length
     if start != len(reply):
         raise ValueError("its process sent malformed figures")
