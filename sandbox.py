@@ -97,7 +97,8 @@ class Sandbox(AbstractContextManager):
     timeout: seconds of wall time for one call
     output_limit: characters of text of one call
     seed: of the random numbers that the code draws by `random` and numpy; None: of its own
-    prelude: path of code that runs first, also after a restart: functions for the code to call
+    prelude: path of code that runs first, also after a restart: functions for the code to call; it
+        has `timeout` seconds
     Raises SandboxError where the kernel lacks Landlock or seccomp, unless `unsafe`, or where the
     prelude raises; OSError for a video that cannot be opened; DataError for a prelude that is none.
     """
@@ -122,7 +123,8 @@ class Sandbox(AbstractContextManager):
         self._shown = {}  # number -> figure, to be bound again after a restart
         self._shown_pixels = 0
         self._limit = output_limit
-        self._settings = (output_limit, seed, read_prelude(prelude))
+        self._prelude = read_prelude(prelude)
+        self._settings = (output_limit, seed, self._prelude)
         self._frame_counts = {}  # of the videos, asked for when a call decodes frames
         self._lock = threading.RLock()
         self._start()
@@ -221,11 +223,15 @@ class Sandbox(AbstractContextManager):
                 descriptors = [file.fileno() for file in videos]
                 socket.send_fds(self._child.channel, [b"v" * len(videos)], descriptors)
             inputs = self._images.bytes + pickle.dumps(self._shown)
-            answer = json.loads(self._exchange(self._settings, START, inputs))
+            seconds = self.timeout if self._prelude else START
+            answer = json.loads(self._exchange(self._settings, seconds, inputs))
             if isinstance(answer, str):  # it failed, and says why
                 raise OSError(answer)
-        except BaseException:
+        except BaseException as problem:
             self._end()
+            if self._prelude and isinstance(problem, TimeoutError):
+                why = f"--prelude: it ran for more than {self.timeout:g} s"
+                raise SandboxError(why) from None
             raise
         missing, self._printed_at = answer
         return missing
