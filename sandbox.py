@@ -21,7 +21,6 @@ What is guaranteed here:
   - After `close` the process, its descriptors and its scratch folder are gone.
 """
 
-import errno
 import json
 import os
 import pickle
@@ -38,8 +37,9 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps
 
 import data
+from engine.confine import FEW, WAITING, too_few_descriptors
 from engine.figures import MAX_ASPECT, MAX_CALL_PIXELS, MAX_FIGURES, MAX_PIXELS
-from engine.pool import START, WAITING, too_few_descriptors
+from engine.pool import START
 from engine.pool import pool as _pool
 from engine.prelude import read_prelude
 from engine.session import HEADER, JSON_SIZE, MAX_FRAMES
@@ -49,9 +49,9 @@ warm = _pool.warm  # have some processes ready, while the policy generates
 RESTARTED = """[Restarted: earlier variables, imports and files are lost; the inputs and the \
 figures that were shown are bound again.]
 """
-FEW = errno.EMFILE, errno.ENFILE  # no descriptor is left
 GRACE = 0.25  # seconds from the timeout, which the child ends by itself, to the kill
 MARK = 99  # characters of text that a reply may have above its limit: the note of what was cut
+PAUSE = 0.3  # seconds until the next try, where no process could be had
 SHOWN_PIXELS = 32_000_000  # of figures that are bound again after a restart, the last ones
 # Colours and other control sequences, and control characters but for line ends and tabs.
 CONTROL = re.compile(r"\x1b\[[0-?]{0,20}[ -/]{0,3}[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -213,6 +213,7 @@ class Sandbox(AbstractContextManager):
                 if getattr(failure, "errno", None) in FEW:
                     raise
                 problem = failure
+                time.sleep(PAUSE)
         reason = clean(str(problem))[:200]
         raise SandboxError(f"the sandbox's process does not start: {reason}")
 
