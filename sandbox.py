@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps
 
 import data
-from engine.confine import FEW, WAITING, too_few_descriptors
+from engine.confine import FEW, too_few_descriptors
 from engine.figures import MAX_ASPECT, MAX_CALL_PIXELS, MAX_FIGURES, MAX_PIXELS
 from engine.pool import START
 from engine.pool import pool as _pool
@@ -51,7 +51,7 @@ figures that were shown are bound again.]
 """
 GRACE = 0.25  # seconds from the timeout, which the child ends by itself, to the kill
 MARK = 99  # characters of text that a reply may have above its limit: the note of what was cut
-PAUSE = 0.3  # seconds until the next try, where no process could be had
+TRIES = 7  # to start a process
 SHOWN_PIXELS = 32_000_000  # of figures that are bound again after a restart, the last ones
 # Colours and other control sequences, and control characters but for line ends and tabs.
 CONTROL = re.compile(r"\x1b\[[0-?]{0,20}[ -/]{0,3}[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -121,10 +121,9 @@ class Sandbox(AbstractContextManager):
         self._images = images if isinstance(images, Packed) else Packed(images)
         self._clue = self._images.count  # the number of the next figure
         self._shown = {}  # number -> figure, to be bound again after a restart
-        self._shown_pixels = 0
         self._limit = output_limit
-        self._prelude = read_prelude(prelude)
-        self._settings = (output_limit, seed, self._prelude)
+        self._start_seconds = timeout if prelude else START
+        self._settings = (output_limit, seed, read_prelude(prelude))
         self._frame_counts = {}  # of the videos, asked for when a call decodes frames
         self._lock = threading.RLock()
         self._start()
@@ -180,7 +179,7 @@ class Sandbox(AbstractContextManager):
             error = f"TimeoutError: the code ran into the limit of {self.timeout:g} s\n"
         text = clean(self._child.printed(self._printed_at)[: self._limit])
         if text:
-            text = f"{text.rstrip()}\n"
+            text = text.rstrip() + "\n"
         return Result(text + error, [], error, [])
 
     def _start(self):
@@ -203,17 +202,19 @@ class Sandbox(AbstractContextManager):
 
     def _connect(self, videos):
         """Take a child that lives and bind the inputs in it; the layers that it lacks."""
-        for _ in range(WAITING + 3):  # children that waited may have died
+        for _ in range(TRIES):  # children that waited may have died
             try:
                 self._child = _pool.take(bool(videos))
                 self._end = weakref.finalize(self, self._child.end)
                 self._end.atexit = False  # at exit the forking process ends what is left
                 return self._bind(videos)
+            except TimeoutError:
+                late = f"it ran for more than {self._start_seconds:g} s"
+                raise SandboxError(f"--prelude, or the start itself: {late}") from None
             except (OSError, EOFError, ValueError) as failure:
                 if getattr(failure, "errno", None) in FEW:
                     raise
                 problem = failure
-                time.sleep(PAUSE)
         reason = clean(str(problem))[:200]
         raise SandboxError(f"the sandbox's process does not start: {reason}")
 
@@ -224,15 +225,11 @@ class Sandbox(AbstractContextManager):
                 descriptors = [file.fileno() for file in videos]
                 socket.send_fds(self._child.channel, [b"v" * len(videos)], descriptors)
             inputs = self._images.bytes + pickle.dumps(self._shown)
-            seconds = self.timeout if self._prelude else START
-            answer = json.loads(self._exchange(self._settings, seconds, inputs))
+            answer = json.loads(self._exchange(self._settings, self._start_seconds, inputs))
             if isinstance(answer, str):  # it failed, and says why
                 raise OSError(answer)
-        except BaseException as problem:
+        except BaseException:
             self._end()
-            if self._prelude and isinstance(problem, TimeoutError):
-                why = f"--prelude: it ran for more than {self.timeout:g} s"
-                raise SandboxError(why) from None
             raise
         missing, self._printed_at = answer
         return missing
@@ -242,10 +239,8 @@ class Sandbox(AbstractContextManager):
         for image in images:
             self._shown[self._clue] = image
             self._clue += 1
-            self._shown_pixels += image.width * image.height
-        while self._shown_pixels > SHOWN_PIXELS:
-            oldest = self._shown.pop(min(self._shown))
-            self._shown_pixels -= oldest.width * oldest.height
+        while sum(image.width * image.height for image in self._shown.values()) > SHOWN_PIXELS:
+            del self._shown[min(self._shown)]
 
     def _count_frames(self, video):
         """How many frames a video has; 0 if there is no such video or it cannot be read."""
@@ -265,12 +260,10 @@ class Sandbox(AbstractContextManager):
         channel.settimeout(seconds)
         try:
             channel.sendall(pickle.dumps((call, *request)))
-            if inputs:
-                channel.sendall(inputs)
+            channel.sendall(inputs)
         except ConnectionError:
             pass  # what it said before is still there
-        header = self._receive(HEADER.size, deadline)
-        sender, size = HEADER.unpack(header)
+        sender, size = HEADER.unpack(self._receive(HEADER.size, deadline))
         failed = inputs and sender == bytes(16)  # it did not get as far as the request
         largest = MAX_CALL_PIXELS * 3 + 24 * self._limit + 2**18
         if size > largest or not (sender == call or failed):

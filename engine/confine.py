@@ -129,7 +129,12 @@ SCRATCH_RIGHTS |= REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_FIFO | M
 
 # ---- system calls: what is allowed, by name. Everything else is answered with EPERM.
 
-ALLOWED = """
+SECCOMP_RET_KILL_PROCESS = 0x80000000
+SECCOMP_RET_ALLOW = 0x7FFF0000
+SECCOMP_RET_ERRNO = 0x50000
+# What libraries call without need is answered as if it were done (error 0) or not there.
+ANSWERS = {
+    SECCOMP_RET_ALLOW: """
     read write readv writev pread64 pwrite64 lseek close dup dup2 dup3 pipe pipe2 eventfd2 sendfile
     copy_file_range ftruncate fsync fdatasync stat fstat lstat newfstatat statx access faccessat
     faccessat2 getdents getdents64 getcwd chdir fchdir umask
@@ -140,15 +145,14 @@ ALLOWED = """
     getitimer setitimer nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time times
     exit exit_group sched_yield sched_getaffinity getcpu set_tid_address set_robust_list
     get_robust_list rseq gettid getpid getppid getuid geteuid getgid getegid getgroups getresuid
-    getresgid getrlimit getrusage sysinfo uname getrandom
-"""
-# What libraries call without need is answered as if it were done (0) or not there.
-ANSWERED = {
-    0: "flock chmod fchmod fchmodat fchmodat2 utime utimes futimesat utimensat",
-    errno.ENOTTY: "ioctl",
-    errno.ENOSYS: "clone3",
-    errno.EINVAL: "readlink readlinkat",  # "is no link": links in /proc tell the names of videos
-    errno.EOPNOTSUPP: """fallocate setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr
+    getresgid getrlimit getrusage sysinfo uname getrandom""",
+    SECCOMP_RET_ERRNO: "flock chmod fchmod fchmodat fchmodat2 utime utimes futimesat utimensat",
+    SECCOMP_RET_ERRNO | errno.ENOTTY: "ioctl",
+    SECCOMP_RET_ERRNO | errno.ENOSYS: "clone3",
+    SECCOMP_RET_ERRNO
+    | errno.EINVAL: "readlink readlinkat",  # "is no link": links in /proc tell the names of videos
+    SECCOMP_RET_ERRNO
+    | errno.EOPNOTSUPP: """fallocate setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr
         listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr""",
 }
 # Calls that are allowed by one of their arguments: which one, the bits that count, the values that
@@ -219,9 +223,6 @@ BPF_LOAD = 0x20
 BPF_AND = 0x54
 BPF_JUMP_IF_EQUAL = 0x15
 BPF_RETURN = 0x06
-SECCOMP_RET_KILL_PROCESS = 0x80000000
-SECCOMP_RET_ALLOW = 0x7FFF0000
-SECCOMP_RET_ERRNO = 0x50000
 SECCOMP_DATA_NUMBER = 0
 SECCOMP_DATA_ARCH = 4
 SECCOMP_DATA_ARGUMENTS = 16  # 8 bytes each, the low half first
@@ -273,11 +274,9 @@ def _filter():
     machine = platform.machine()
     numbers = system_calls(machine)
     answers = {}
-    for name in ALLOWED.split():
-        answers[name] = [_instruction(BPF_RETURN, SECCOMP_RET_ALLOW)]
-    for number, names in ANSWERED.items():
+    for answer, names in ANSWERS.items():
         for name in names.split():
-            answers[name] = [_errno(number)]
+            answers[name] = [_instruction(BPF_RETURN, answer)]
     for name, check in CHECKED.items():
         answers[name] = _argument(*check)
     program = [

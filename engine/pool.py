@@ -35,6 +35,7 @@ from engine import confine, figures, session
 from engine.session import PRINTED_BYTES
 
 START = 120  # seconds until a child is there
+PAUSE = 0.3  # seconds, where there is no process or descriptor to be had for a moment
 MOST_WAITING = 128  # at 5 MiB each
 READS = """/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /nix/store /usr/share/fonts
 /usr/local/share/fonts /etc/fonts /usr/share/zoneinfo /etc/localtime /etc/alternatives
@@ -169,6 +170,7 @@ class Pool:
                     raise EOFError(_last_words(server)) from problem
                 raise
         if isinstance(child, str):  # it cannot be made
+            time.sleep(PAUSE)  # before it is tried again
             raise OSError(child)
         number, scratch, count = child
         if len(descriptors) != count:  # the kernel dropped what we may not open
