@@ -339,7 +339,9 @@ class Nursery:
     def listen(self) -> bool:
         """Answer the trainer's requests, a byte each. False: it is gone.
 
-        TAKE: hand over one child, now. Any other number: so many should wait.
+        TAKE: hand over one child, now. Any other number: so many should wait. The trainer asks for
+        one ahead, so that it need not wait for us, and no more: the kernel counts descriptors that
+        are under way per user.
         """
         requests = self.control.recv(4096)
         for request in requests:

@@ -145,6 +145,7 @@ class Pool:
         self.server = None
         self.lock = threading.RLock()
         self.control = []  # sockets to it, for children without and with videos
+        self.asked = set()  # those of them on which a child is on its way
 
     def warm(self, count: int, videos: bool = False) -> None:
         """Have `count` children wait, at most MOST_WAITING. Returns at once.
@@ -152,16 +153,21 @@ class Pool:
         videos: for inputs with videos or without.
         """
         with suppress(OSError):  # whoever takes one is told
-            self._ask(min(count, MOST_WAITING), videos)
+            self._control(videos).send(bytes([min(count, MOST_WAITING)]))
 
     def take(self, videos: bool) -> Child:
         """A child that waited. OSError, EOFError, ValueError: why there is none."""
         with self.lock:
             try:
-                control = self._ask(confine.TAKE, videos)
+                control = self._control(videos)
+                if control not in self.asked:  # the first one of its kind
+                    control.send(bytes([confine.TAKE]))
+                    self.asked.add(control)
                 message, descriptors, _, _ = socket.recv_fds(control, 4096, 2)
                 if not message:
                     raise ConnectionError("its forking process ended")
+                with suppress(OSError):  # the next one is handed over while this one is used
+                    control.send(bytes([confine.TAKE]))
                 child = json.loads(message)
             except (OSError, ValueError) as problem:
                 server = self.server
@@ -182,8 +188,8 @@ class Pool:
         process = descriptors[1] if count == 2 else number
         return Child(socket.socket(fileno=descriptors[0]), process, scratch)
 
-    def _ask(self, request, videos):
-        """Send a request (Nursery.listen in engine/confine.py); the socket on which it went.
+    def _control(self, videos):
+        """The socket for requests (Nursery.listen in engine/confine.py).
 
         The forking process is started where there is none.
         """
@@ -191,7 +197,6 @@ class Pool:
             if self.server is None or self.server.poll() is not None:
                 self.server = None
                 self._launch()
-            self.control[videos].send(bytes([request]))
             return self.control[videos]
 
     def _launch(self):
@@ -199,6 +204,7 @@ class Pool:
         _fill_standard_streams()
         with ExitStack() as theirs:
             self.control = []
+            self.asked = set()
             descriptors = []
             for _ in range(2):
                 ours, their_end = socket.socketpair(socket.AF_UNIX, KIND)
