@@ -260,7 +260,8 @@ class Sandbox(AbstractContextManager):
         channel.settimeout(seconds)
         try:
             channel.sendall(pickle.dumps((call, *request)))
-            channel.sendall(inputs)
+            if inputs:
+                channel.sendall(inputs)
         except ConnectionError:
             pass  # what it said before is still there
         sender, size = HEADER.unpack(self._receive(HEADER.size, deadline))
