@@ -51,7 +51,6 @@ figures that were shown are bound again.]
 """
 GRACE = 0.25  # seconds from the timeout, which the child ends by itself, to the kill
 MARK = 99  # characters of text that a reply may have above its limit: the note of what was cut
-TRIES = 7  # to start a process
 SHOWN_PIXELS = 32_000_000  # of figures that are bound again after a restart, the last ones
 # Colours and other control sequences, and control characters but for line ends and tabs.
 CONTROL = re.compile(r"\x1b\[[0-?]{0,20}[ -/]{0,3}[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -193,8 +192,10 @@ class Sandbox(AbstractContextManager):
                     raise SandboxError(too_few_descriptors()) from problem
                 raise
         if missing:
-            way_out = "use Linux 5.13+ or unsafe=True (--unsafe_sandbox)"
-            lack = f"no safe place for code without {', '.join(missing)}: {way_out}"
+            lack = (
+                f"no safe place for code without {', '.join(missing)}: "
+                "use Linux 5.13+ or unsafe=True (--unsafe_sandbox)"
+            )
             if not self.unsafe:
                 self._end()
                 raise SandboxError(lack)
@@ -202,15 +203,17 @@ class Sandbox(AbstractContextManager):
 
     def _connect(self, videos):
         """Take a child that lives and bind the inputs in it; the layers that it lacks."""
-        for _ in range(TRIES):  # children that waited may have died
+        for _ in range(7):  # children that waited may have died
             try:
                 self._child = _pool.take(bool(videos))
+                self._received = bytearray()  # and not yet looked at
                 self._end = weakref.finalize(self, self._child.end)
                 self._end.atexit = False  # at exit the forking process ends what is left
                 return self._bind(videos)
             except TimeoutError:
-                late = f"it ran for more than {self._start_seconds:g} s"
-                raise SandboxError(f"--prelude, or the start itself: {late}") from None
+                raise SandboxError(
+                    f"--prelude or the start itself: it ran for more than {self._start_seconds:g} s"
+                ) from None
             except (OSError, EOFError, ValueError) as failure:
                 if getattr(failure, "errno", None) in FEW:
                     raise
@@ -273,17 +276,18 @@ class Sandbox(AbstractContextManager):
 
     def _receive(self, size, deadline):
         """Exactly `size` bytes before the deadline, however they dribble in."""
-        received = bytearray(size)
-        rest = memoryview(received)
-        while rest:
+        received = self._received
+        while len(received) < size:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError("timed out")
+                raise TimeoutError
             self._child.channel.settimeout(left)
-            count = self._child.channel.recv_into(rest)
-            if not count:
+            part = self._child.channel.recv(size + 4096)  # a short reply at once
+            if not part:
                 raise EOFError("its process died")
-            rest = rest[count:]
+            received += part
+        self._received = received[size:]
+        del received[size:]
         return received
 
 
@@ -341,14 +345,13 @@ def _pairs(values, most):
 def _figures(reply, start, sizes):
     """The figures whose pixels begin at `start` and fill the rest of the reply."""
     images = []
-    pixels = memoryview(reply)  # whose parts are no copies
     left = 3 * MAX_CALL_PIXELS
     for size in sizes:
         length = 3 * size[0] * size[1]
         left -= length
         if left < 0 or not _is_size(size):
             raise ValueError("its process sent malformed figures")
-        images.append(Image.frombytes("RGB", size, pixels[start : start + length]))
+        images.append(Image.frombytes("RGB", size, reply[start : start + length]))
         start += length
     if start != len(reply):
         raise ValueError("its process sent malformed figures")

@@ -1170,6 +1170,7 @@ def test_fuzzed_replies(fresh, monkeypatch):
         patch.setattr(box._child, "channel", None)
         for _ in range(300):
             box._child.channel, theirs = socket.socketpair()
+            box._received.clear()  # of the last one
             thread = threading.Thread(target=answer, args=(theirs,))
             thread.start()
             result = box.run("print(1)")
