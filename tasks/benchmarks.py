@@ -174,25 +174,30 @@ def _row(benchmark, record, file, media):
     """A record of a file -> Row. Raises what BAD_RECORD names."""
     record = benchmark.prepare(record, file)
     name, question, answer = (x.format(**record).strip() for x in benchmark.fields.split(" | "))
-    texts = zip("ABCDEFGH", record.get("options") or (), strict=False)
-    options = {letter: re.sub(rf"^{letter}\. *", "", str(text)) for letter, text in texts}
+    texts = record.get("options") or ()
+    options = {}
+    for letter, text in zip("ABCDEFGH", texts, strict=False):
+        options[letter] = re.sub(rf"^{letter}\. *", "", str(text))
     if options and answer not in options:
         raise DataError(f"the answer {answer!r} is none of the options {', '.join(options)}")
     # Options that the question lists, or that only repeat the letters, are not shown again.
-    if choices(question) != options and list(options) != list(options.values()):
+    only_letters = list(options) == list(options.values())
+    if choices(question) != options and not only_letters:
         question += "".join(f"\n({letter}) {text}" for letter, text in options.items())
     files = [record[key] for key in benchmark.images.split()]
     images = [_path(image, file, media) for image in files if image]
     videos = [_path(record["video"], file, media)] if record.get("video") else []
+    question += record.get("form", "")
+    unit = benchmark.unit.format(**{"id": name, **record})
     row = Row(
         name,
-        question + record.get("form", ""),
+        question,
         answer,
         tuple(images),
         tuple(videos),
         data_source=record.get("data_source", ""),
         meta=record | {"options": options},
-        unit=benchmark.unit.format(**{"id": name, **record}),
+        unit=unit,
     )
     # A field that the summary misses is an error now, and not after the run.
     benchmark.summary([row], np.zeros(1), np.ones((1, 1)))
