@@ -20,6 +20,7 @@ Shapes: B sequences, T tokens, N packed tokens, A action tokens, V vocabulary, G
 prompts, Hk key heads, D head size.
 """
 
+import functools
 import types
 from dataclasses import dataclass
 from itertools import accumulate
@@ -46,6 +47,7 @@ class Lengths:
         self.longest = max(counts)
         bounds = [0, *accumulate(counts)]
         self.cumulative = torch.tensor(bounds, dtype=torch.int32, device=device)
+        self.each = self.cumulative.diff()
 
 
 class Cache:
@@ -76,20 +78,19 @@ class Cache:
 
         key, value = (kept[rows] for kept in self.layers[layer])
         count, capacity = key.shape[:2]
-        number = torch.arange(count + 1, dtype=torch.int32, device=query.device)
         out, lse = varlen_attention(
             query,
             key.flatten(0, 1),
             value.flatten(0, 1),
             queries.cumulative,
-            number * capacity,
+            even(count, capacity, query.device),
             queries.longest,
             used.longest,
             return_aux=AuxRequest(lse=True),
             scale=scale,
             window_size=window,
             enable_gqa=True,
-            seqused_k=used.cumulative.diff(),
+            seqused_k=used.each,
         )
         return out.transpose(0, 1), lse
 
@@ -99,6 +100,12 @@ class Cache:
             for kept in pair:
                 kept[a + b] = kept[b + a]
         swap(self.used, a, b)
+
+
+@functools.lru_cache(4)  # attention knows what it has seen by the tensor
+def even(count: int, length: int, device):
+    """Bounds (count + 1,) of sequences of equal length."""
+    return torch.arange(count + 1, dtype=torch.int32, device=device) * length
 
 
 def swap(items: list, a: list, b: list):
