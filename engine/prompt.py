@@ -6,6 +6,7 @@ the policy pays for what it looks at.
 """
 
 import copy
+import functools
 import json
 import re
 from pathlib import Path
@@ -183,10 +184,24 @@ def encode(tokenizer: object, messages: list[dict], after_action: bool) -> list[
             if "text" in part:
                 texts.append(part["text"])
                 part["text"] = mark
-    filled = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    filled = _fill_chat(tokenizer, json.dumps(chat))
     pieces = list(zip(texts, filled.split(mark), strict=True))
     ids = []
     for text, piece in pieces[len(before) :]:
-        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        ids += tokenizer(piece, add_special_tokens=False).input_ids
+        ids += _ids(tokenizer, text, split_special_tokens=True)
+        ids += _ids(tokenizer, piece)
     return ids
+
+
+@functools.lru_cache(64)
+def _fill_chat(tokenizer: object, chat: str) -> str:
+    """A chat template filled with marks: chats have few shapes, and a template takes its time."""
+    return tokenizer.apply_chat_template(
+        json.loads(chat), tokenize=False, add_generation_prompt=True
+    )
+
+
+@functools.lru_cache(512)
+def _ids(tokenizer: object, text: str, **settings) -> tuple[int, ...]:
+    """Ids of a piece. Most pieces are the same in every prompt and in every observation."""
+    return tuple(tokenizer(text, add_special_tokens=False, **settings).input_ids)
