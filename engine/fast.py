@@ -358,7 +358,8 @@ class FastPolicy:
         self.forget()
         # The two functions above become methods of the model here and nowhere else. FSDP gathers a
         # module's own parameters (embedding, norm, head) only around methods that it knows of.
-        keep_memory()
+        if policy.device.type == "cpu":
+            keep_memory()
         register()
         policy.model.set_attn_implementation({"text_config": "packed"})
         policy.model.hidden = types.MethodType(hidden, policy.model)
