@@ -197,7 +197,8 @@ class Policy:
         masks = [torch.tensor(t.action_mask) for t in trajectories]
         actions = padded(masks, "right", False).to(self.device)[:, 1:]  # (B, T - 1)
         targets = inputs["input_ids"][:, 1:][actions]  # (A,)
-        logits = self.model(**inputs).logits[:, :-1][actions]  # (A, V)
+        logits = self.model(**inputs, use_cache=False).logits
+        logits = logits[:, :-1][actions]  # (A, V)
         scaled = logits.float() / temperature
         logprobs = (scaled + self.ban).log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)

@@ -33,6 +33,7 @@ from engine.checkpoint import load_state, save_policy, save_state, state_to_resu
 from engine.demonstrations import Demonstrations
 from engine.fast import FastPolicy
 from engine.judge import open_judge
+from engine.lora import add_adapters, check_adapters
 from engine.metrics import mean, measure
 from engine.prompt import load_templates
 from engine.run import Journal, Progress, check, greet, leader, one_line_errors, open_folder, settle
@@ -71,7 +72,8 @@ class Config(Limits):
     rank: Literal["std", "random"] = "std"  # which groups are kept: std, or random (ablation)
     normalize_std: bool = False  # divide advantages by the group's reward std (ablation)
     keep_zero_variance: bool = False  # keep groups whose rewards are all equal
-    lr: float = 1e-6  # AdamW learning rate, constant after warm-up
+    lr: float = 1e-6  # AdamW's, constant after warm-up; with --lora_rank try 10 times as much
+    lora_rank: int = 0  # train adapters of this rank (such as 32, by peft), 0: all weights
     warmup: int = 0  # steps of linear warm-up
     weight_decay: float = 0.0  # AdamW weight decay
     clip: float = 0.2  # PPO ratio clip
@@ -79,6 +81,7 @@ class Config(Limits):
     max_grad_norm: float = 1.0  # gradient clipping
     minibatches: int = 1  # optimizer updates a batch
     tokens_per_microbatch: int = 16_384  # packed tokens of one forward and backward
+    dtype: Literal["", "bfloat16", "float32"] = ""  # of what is computed; none: bfloat16 on a GPU
     checkpoint_activations: bool = False  # recompute layers in backward: less memory, slower
     offload: bool = False  # parameters and optimizer in main memory (with a GPU)
     eval_every: int = 20  # steps between held-out evaluations, 0: none
@@ -118,15 +121,20 @@ class Run:
         progress, part: of the whole job, and the name of this run's steps in it.
         """
         many = torch.distributed.is_initialized()
-        weights = resume.parents[1] / resume.stem if resume else config.model
+        dtype = parallel.compute_dtype(config.dtype)
+        merged = resume and not config.lora_rank  # adapters are put on the first weights
         plain = load_policy(
-            weights,
-            dtype=torch.float32,
+            resume.parents[1] / resume.stem if merged else config.model,
+            dtype=dtype if config.lora_rank else torch.float32,
             max_pixels=config.max_pixels,
             sharded=many,
         )
+        if config.lora_rank:
+            add_adapters(plain.model, config.lora_rank, config.seed)
+        if config.checkpoint_activations:
+            parallel.checkpoint_layers(plain.model)
         if many:
-            parallel.shard(plain, config.offload, config.checkpoint_activations)
+            parallel.shard(plain, dtype, config.offload)
         self.policy = plain if config.slow else FastPolicy(plain)
         self.model = plain.model
         self.optimizer = torch.optim.AdamW(
@@ -412,6 +420,7 @@ def configure(argv: list[str] | None = None) -> Config:
     """Flags -> Config, checked before any model is loaded. Raises DataError."""
     config = settle(Config, argv, LAPTOP)
     check(config)
+    check_adapters(config.lora_rank)
     read_difficulty(config.difficulty)
     if config.slow and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("--slow is for one process")
@@ -455,7 +464,7 @@ def begin(config: Config) -> Run:
         if leader() and not folder.exists():
             cold_start(config, folder, progress)
         config.model = str(folder)
-    parallel.join()
+    parallel.join(config.dtype)
     run = Run(config, samples, held, resume, progress)
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "terminated", True))
     if held and config.eval_every and not run.rows:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data import DataError
+from engine.lora import adapters, load_adapters, merged
 from engine.parallel import full_weights, gather, rank, world
 from engine.prompt import encode
 
@@ -187,8 +188,11 @@ def load_whole(folder: str, settings: dict):
 
 # ---------------------------------------------------------------------------------------- writing
 def save_policy(policy, folder) -> None:
-    """Write a Hugging Face checkpoint, gathered from all processes; process 0 writes."""
-    weights = full_weights(policy.model)
+    """Write a Hugging Face checkpoint, gathered from all processes; process 0 writes.
+
+    Adapters are merged into it.
+    """
+    weights = merged(full_weights(policy.model))
     if rank() == 0:
         with quiet():
             policy.model.save_pretrained(Path(folder), state_dict=weights)
@@ -208,6 +212,7 @@ def save_state(out: Path, step: int, policy, optimizer, progress: dict, keep: in
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dict(
         progress,
+        adapters=adapters(policy.model),
         optimizer=get_optimizer_state_dict(policy.model, optimizer, options=whole),
         generators=gather([policy.generator.get_state()]),
     )
@@ -240,10 +245,14 @@ def save_state(out: Path, step: int, policy, optimizer, progress: dict, keep: in
 
 
 def load_state(file: Path, policy, optimizer) -> dict:
-    """Put the optimizer and, on as many processes as before, the random state back -> progress."""
+    """Put adapters and optimizer back and, on as many processes as before, the random state.
+
+    Returns the progress.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     state = torch.load(file, mmap=True, weights_only=True)
+    load_adapters(policy.model, state.pop("adapters", {}))
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weight_decay = optimizer.param_groups[0]["weight_decay"]  # may be another one now
     set_optimizer_state_dict(policy.model, optimizer, state.pop("optimizer"), options=whole)
