@@ -252,17 +252,8 @@ def load_policy(
     """
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device or best)
-    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer, processor = load_parts(
-        checkpoint_folder(name),
-        device,
-        dtype or usual,
-        sharded,
-    )
-    smallest = processor.size["shortest_edge"]
-    largest = min(processor.size["longest_edge"], max_pixels)
-    processor.size = {"shortest_edge": smallest, "longest_edge": largest}
-    return Policy(model, tokenizer, processor, device)
+    parts = load_parts(checkpoint_folder(name), device, dtype, max_pixels, sharded)
+    return Policy(*parts, device)
 
 
 def tiny_policy(folder, texts: list[str], seed: int = 0, vocabulary: int = 1024) -> Policy:

@@ -19,6 +19,7 @@ What is not here, and why:
 import math
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,9 @@ from engine.checkpoint import load_state, save_policy, save_state, state_to_resu
 from engine.demonstrations import Demonstrations
 from engine.fast import FastPolicy
 from engine.judge import open_judge
-from engine.lora import add_adapters, check_adapters
+from engine.lora import check_adapters
 from engine.metrics import mean, measure
+from engine.plan import plan
 from engine.prompt import load_templates
 from engine.run import Journal, Progress, check, greet, leader, one_line_errors, open_folder, settle
 from model import load_policy
@@ -94,6 +96,9 @@ class Config(Limits):
     judge_only: bool = False  # ask the judge for every answer: the paper's protocol
     judge_key_file: str = ""  # file with the judge's API key
     slow: bool = False  # plain transformers instead of engine/fast.py: for reading and for proofs
+    plan: bool = False  # print what such a run needs on each GPU, and end
+    gpus: int = 1  # of the plan
+    gpu_memory: float = 80.0  # GB of each GPU of the plan
     tracker: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also log there, if installed
     name: str = ""  # the run's name there; none: the output folder's and the time of the start
 
@@ -120,21 +125,16 @@ class Run:
 
         progress, part: of the whole job, and the name of this run's steps in it.
         """
-        many = torch.distributed.is_initialized()
-        dtype = parallel.compute_dtype(config.dtype)
-        merged = resume and not config.lora_rank  # adapters are put on the first weights
+        weights = config.model  # with adapters they stay what they are
+        if resume and not config.lora_rank:
+            weights = resume.parents[1] / resume.stem
         plain = load_policy(
-            resume.parents[1] / resume.stem if merged else config.model,
-            dtype=dtype if config.lora_rank else torch.float32,
+            weights,
+            dtype=torch.float32,
             max_pixels=config.max_pixels,
-            sharded=many,
+            sharded=torch.distributed.is_initialized(),
         )
-        if config.lora_rank:
-            add_adapters(plain.model, config.lora_rank, config.seed)
-        if config.checkpoint_activations:
-            parallel.checkpoint_layers(plain.model)
-        if many:
-            parallel.shard(plain, dtype, config.offload)
+        parallel.make_trainable(plain, config)
         self.policy = plain if config.slow else FastPolicy(plain)
         self.model = plain.model
         self.optimizer = torch.optim.AdamW(
@@ -156,10 +156,7 @@ class Run:
         self.terminated = False
         self.policy.generator.manual_seed(config.seed * 7919 + parallel.rank())
         if resume:
-            saved = load_state(resume, plain, self.optimizer)
-            self.step = saved["step"]
-            self.position = saved["position"]
-            self.rows = saved["rows"]
+            load_state(resume, self)
         part = part or config.stage
         progress = progress or Progress({part: (config.steps, 1.0)})
         self.journal = Journal(config, progress, part, self.rows)
@@ -185,15 +182,7 @@ class Run:
 
     def save(self):
         """Write a checkpoint, and what --resume needs. All processes call it."""
-        progress = dict(step=self.step, position=self.position, rows=self.rows)
-        save_state(
-            self.out,
-            self.step,
-            self.policy,
-            self.optimizer,
-            progress,
-            self.config.keep,
-        )
+        save_state(self)
 
 
 # ------------------------------------------------------------------------------------------ collect
@@ -422,6 +411,8 @@ def configure(argv: list[str] | None = None) -> Config:
     check(config)
     check_adapters(config.lora_rank)
     read_difficulty(config.difficulty)
+    if config.plan:
+        sys.exit(plan(config))
     if config.slow and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("--slow is for one process")
     open_folder(Path(config.out))

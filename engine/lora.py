@@ -5,8 +5,8 @@ R rows and B begins at 0. The model's own weights are frozen, so they need neith
 optimizer, nor fp32: they are held as they are computed with. The adapters are fp32 master weights.
 
 What a reader may rely on: the module tree of the model stays as it is, apart from the linear
-layers, so that everything else works as without adapters. A checkpoint holds the merged weights,
-in fp32 where an adapter was added, and names no adapter. The adapters alone go where --resume
+layers, so that everything else works as without adapters. A checkpoint holds the merged weights in
+fp32, whatever the model is held in, and names no adapter. The adapters alone go where --resume
 looks, because B A cannot be had back from W + B A.
 """
 
@@ -29,10 +29,15 @@ def check_adapters(rank: int) -> None:
         raise DataError("--lora_rank needs peft, which is not installed: pip install peft")
 
 
-def add_adapters(model, rank: int, seed: int) -> None:
-    """Freeze a model, and put adapters on every linear layer of its language model."""
+def add_adapters(model, rank: int, seed: int, dtype: torch.dtype) -> None:
+    """Freeze a model, and put adapters on every linear layer of its language model.
+
+    seed: of the adapters. dtype: that the frozen weights are then held in.
+    """
     from peft import LoraConfig, inject_adapter_in_model  # slow to import
 
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
     names = []
     for name, layer in model.model.language_model.named_modules():
         if isinstance(layer, torch.nn.Linear):
@@ -54,8 +59,8 @@ def merged(weights: dict) -> dict:
         if layer != name:
             down = weights[f"{layer}lora_A.default.weight"]
             up = weights[f"{layer}lora_B.default.weight"]
-            weight = weight.float() + ALPHA / len(down) * (up @ down)
-        found[name.replace(BASE, "")] = weight
+            weight = weight + ALPHA / len(down) * (up @ down)  # in fp32, as the adapters are
+        found[name.replace(BASE, "")] = weight.float()
     return found
 
 

@@ -17,6 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from engine.lora import add_adapters
+
 # FSDP2 is imported where it is used: it takes most of a second, and a laptop does without.
 
 
@@ -36,7 +38,7 @@ def compute_dtype(name: str = "") -> torch.dtype:
 
 
 def join(dtype: str = "") -> None:
-    """Join torchrun's processes. One that computes in bf16 is a group too, also without torchrun."""
+    """Join torchrun's processes. One alone that computes in bf16 is a group too."""
     cuda = torch.cuda.is_available()
     half = compute_dtype(dtype) is torch.bfloat16
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -91,6 +93,17 @@ def checkpoint_layers(model) -> None:
 
     for layer in layers_of(model):
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def make_trainable(policy, config) -> None:
+    """Adapters, recomputed activations, sharding: what the settings ask for."""
+    dtype = compute_dtype(config.dtype)
+    if config.lora_rank:
+        add_adapters(policy.model, config.lora_rank, config.seed, dtype)
+    if config.checkpoint_activations:
+        checkpoint_layers(policy.model)
+    if dist.is_initialized():
+        shard(policy, dtype, config.offload)
 
 
 def shard(policy, dtype: torch.dtype = torch.float32, offload: bool = False) -> None:

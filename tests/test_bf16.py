@@ -94,7 +94,7 @@ def test_small_steps_are_not_rounded_away(group, tiny, rows, tmp_path):
     after = parallel.full_weights(run.model)["lm_head.weight"]
     moved = after != before
     assert moved.float().mean() > 0.1
-    assert torch.equal(after.bfloat16(), before.bfloat16())
+    assert (after.bfloat16() != before.bfloat16()).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("stage", ["rl", "sft"])
