@@ -29,7 +29,7 @@ from engine.parallel import compute_dtype, layers_of
 
 GB = 1e9
 TRACED = 256  # tokens of a traced layer; all that it makes grows with them
-LOGIT = 12  # bytes of a logit at the peak: three tensors in fp32
+LOGIT = 16  # bytes of a logit at the peak: four tensors in fp32
 FP32 = 4
 RANK = 32  # of adapters, where the plan proposes some
 WORTH = 0.97  # a change that leaves more than this is not worth a flag
@@ -243,14 +243,20 @@ def changes(config) -> dict:
     possible = dict(
         checkpoint_activations=True,
         oversample=1.0,
+        batch_size=lower(config.batch_size, 4),
+        max_context=lower(config.max_context, 8_192),
         offload=True,
-        max_context=config.max_context // 2,
-        max_pixels=config.max_pixels // 2,
+        max_pixels=lower(config.max_pixels, 500_000),
         lora_rank=config.lora_rank or RANK,
     )
     if importlib.util.find_spec("peft") is None:
         del possible["lora_rank"]
     return {name: value for name, value in possible.items() if value != getattr(config, name)}
+
+
+def lower(value: int, least: int) -> int:
+    """Half of it, but not less than the least that a run makes sense with."""
+    return max(value // 2, min(value, least))
 
 
 def advise(config) -> list[str]:
@@ -292,17 +298,19 @@ def plan(config) -> None:
     ranks = {config.lora_rank: ""}
     if "lora_rank" in changes(config):
         ranks[RANK] = f", --lora_rank {RANK}"
-    size = f"{needs.tokens:,} tokens with {needs.images} images"
     for rank, words in ranks.items():
         for recompute in (False, True):
             other = Needs(replace(config, lora_rank=rank))
             flag = ", --checkpoint_activations" if recompute else ""
-            lines[f"activations, {size}{flag}{words}"] = other.of_activations(recompute)
+            lines[f"activations of the largest micro-batch{flag}{words}"] = other.of_activations(
+                recompute
+            )
     lines["logits"] = needs.logits
     for phase, most in needs.phases.items():
         lines[f"most, in the {phase}"] = most
     about = f"{shape.parameters / GB:.2f} G parameters, {shape.trained / GB:.2f} G of them train"
     print(f"{config.model}: {about}; GPUs: {config.gpus} of {config.gpu_memory:.0f} GB")
+    print(f"largest micro-batch: {needs.tokens:,} tokens, {needs.images} images of them")
     for words, figure in lines.items():
         if figure:
             print(f"{figure / GB:10.1f} GB  {words}")
