@@ -243,9 +243,9 @@ def changes(config) -> dict:
     possible = dict(
         checkpoint_activations=True,
         oversample=1.0,
+        offload=True,
         batch_size=lower(config.batch_size, 4),
         max_context=lower(config.max_context, 8_192),
-        offload=True,
         max_pixels=lower(config.max_pixels, 500_000),
         lora_rank=config.lora_rank or RANK,
     )
@@ -265,13 +265,19 @@ def advise(config) -> list[str]:
     need = Needs(config).most
     lines = []
     while need > memory:
+        found = []
         for name, value in changes(config).items():
             changed = replace(config, **{name: value})
             less = Needs(changed).most
+            # Offloading makes every step slower, so it comes last, unless it is enough.
+            last = name == "offload" and less > memory
             if less < WORTH * need:
-                break
-        else:
+                found.append((less > memory, last, len(found), name, value))
+        if not found:
             return [*lines, "does not fit: take more GPUs (--gpus), or larger ones"]
+        *_, name, value = min(found)
+        changed = replace(config, **{name: value})
+        less = Needs(changed).most
         flag = f"--{name}" if value is True else f"--{name} {value}"
         lines.append(f"too much; {flag} saves {(need - less) / GB:.1f}: {less / GB:.1f}")
         config = changed
