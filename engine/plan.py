@@ -140,6 +140,7 @@ class Shape:
         self.merged = vision.spatial_merge_size**2  # patches of an image token
         self.side = vision.patch_size
         self.patch = dtype.itemsize * tower.patch_embed.proj.weight[0].numel()
+        model.to(dtype)  # as the adapters are gathered, too
         width = len(decoder.norm.weight)
         self.head = getattr(text, "head_dim", None) or width // text.num_attention_heads
         self.layer = trace(decoder.layers[0], (1, TRACED, width), self.head)
