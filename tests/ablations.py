@@ -365,9 +365,10 @@ def plus_minus(numbers: list[float], form: str = ".2f") -> str:
 
 def measured(runs: dict, measures: dict) -> list[str]:
     """A table of what the runs measured: a row an arm."""
-    lines = heading(["", "seeds", *measures])
-    for arm in runs:
-        cells = [arm, str(len(runs[arm]))]
+    lines = heading(["", "cold starts × seeds", *measures])
+    for arm, by_seed in runs.items():
+        colds = next(iter(by_seed.values()))
+        cells = [arm, f"{len(colds)} × {len(by_seed)}"]
         for name, measure in measures.items():
             form = ".0f" if name in ("rollouts", "tokens written", "visual tokens") else ".2f"
             form = ".3f" if name == "seconds a rollout" else form
@@ -428,6 +429,19 @@ def start_by_start(runs: dict) -> list[str]:
     return lines
 
 
+def tried(pilots: list[dict]) -> list[str]:
+    """A table of the runs that the setting was fixed on: none is of the study's cold starts."""
+    lines = heading(["hint", "cold start", "seed", "arm", "calls", "held out: sampled, greedily"])
+    for pilot in pilots:
+        run = pilot["run"]
+        calls = f"{run['tool_calls'][0]:.1f} → {MEASURES['tool calls'](run):.1f}"
+        held_out = [run.get(name) for name in ("eval_accuracy", "eval_accuracy_greedy")]
+        shown = ", ".join(f"{values[-1]:.2f}" for values in held_out if values)
+        cells = [f"{pilot['hint']:.2f}", pilot["cold"], pilot["seed"], pilot["arm"], calls, shown]
+        lines.append(line(map(str, cells)))
+    return lines
+
+
 def tables(study: dict) -> str:
     """What the runs measured, and for each expectation of the paper whether it shows."""
     runs = study["runs"]
@@ -438,10 +452,59 @@ def tables(study: dict) -> str:
     lines += ["", "## What looks cost", "", *measured(runs, COSTS)]
     if any(arm in runs for arm in BEYOND):
         lines += ["", "## Beyond the paper: which calls are paid", "", *compared(runs)]
+    if "pilots" in study:
+        lines += ["", "## The runs that the setting was fixed on", "", *tried(study["pilots"])]
     if "earlier" in study:
         lines += ["", "## One cold start, five seeds: the study before", ""]
         lines += [*measured(study["earlier"], MEASURES), "", *judged(study["earlier"])]
     return "\n".join(lines) + "\n"
+
+
+def died(runs: dict, arm: str) -> str:
+    """In how many cold starts the calls end below half of where they began."""
+    ends = values(runs, arm, MEASURES["tool calls"])
+    starts = values(runs, arm, lambda run: run["tool_calls"][0])
+    number = sum(end < start / 2 for start, end in zip(starts, ends, strict=True))
+    return f"{number} of {len(ends)} cold starts"
+
+
+def course(runs: dict, arm: str) -> str:
+    """Calls a rollout, at the first step and at the end."""
+    begin = statistics.mean(values(runs, arm, lambda run: run["tool_calls"][0]))
+    end = statistics.mean(values(runs, arm, MEASURES["tool calls"]))
+    return f"{begin:.1f} → {end:.1f}"
+
+
+def less_base(runs: dict, arm: str, name: str, form: str = "+.2f") -> str:
+    """A measure of an arm, less the paper's setting: mean ± half of the interval."""
+    measure = MEASURES.get(name) or COSTS[name]
+    return plus_minus(differences(runs, arm, measure), form)
+
+
+def sentences(study: dict) -> list[str]:
+    """What docs/ablations.md says of the runs, made from them: a test looks for each there."""
+    runs = study["runs"]
+    none = "no tool reward"
+    said = [
+        f"Without the tool reward the calls die in {died(runs, none)}, {course(runs, none)}",
+        f"With it they die in {died(runs, BASE)}, {course(runs, BASE)}",
+        f"held out, sampled, {less_base(runs, none, 'held out, sampled')} without it",
+        f"greedily {less_base(runs, none, 'held out, greedy')}",
+        f"{less_base(runs, none, 'tokens written', '+.0f')} tokens written",
+        f"{less_base(runs, none, 'visual tokens', '+.0f')} visual tokens",
+    ]
+    for arm in BEYOND:
+        if arm in runs:
+            said.append(f"calls {course(runs, arm)}")
+            said.append(f"repeated {less_base(runs, arm, 'repeated calls')}")
+            said.append(f"held out {less_base(runs, arm, 'held out, sampled')}")
+    if "random groups" in runs:
+        said.append(f"correct with A < 0 {less_base(runs, 'random groups', 'correct, A < 0')}")
+    for arm in ("random groups", "no oversampling"):
+        if arm in runs:
+            said.append(f"early accuracy {less_base(runs, arm, 'early accuracy')}")
+            said.append(f"at the end {less_base(runs, arm, 'held out, sampled')}")
+    return said
 
 
 def band(run_columns: list[list[float]]) -> list[tuple[float, float]]:
@@ -522,7 +585,8 @@ def main() -> None:
         "runs": gather(args.out, colds, seeds),
     }
     before = json.loads((DOCS / "ablations.json").read_text())
-    study["earlier"] = before["earlier"]
+    for name in ("pilots", "earlier"):
+        study[name] = before[name]
     print(tables(study))
     if not args.quick:
         write(study)
