@@ -7,17 +7,14 @@ where the judge fails, the rule's verdict stands, and an answer that nobody coul
 """
 
 import re
-
-import numpy as np
+import statistics
 
 from data import Sample
 from engine.judge import Judge
 from engine.verify import (  # noqa: F401, some are only to be found here, too
     MAX_ANSWER,
     MRA_SOURCES,
-    choices,
     mean_relative_accuracy,
-    value,
     verify,
     verify_batch,
 )
@@ -30,13 +27,10 @@ def extract_answer(text: str | None) -> str | None:
     end, an answer of MAX_ANSWER characters and more. Several different boxes are joined by commas,
     so that naming two answers is not a way to be right twice.
     """
-    text = text or ""
-    for block in reversed(_answer_blocks(text)):
+    for block in reversed(_answer_blocks(text or "")):
         boxes = _boxes(block)
-        if not boxes or not all(boxes):
-            continue
         answer = ", ".join(dict.fromkeys(boxes))
-        if len(answer) < MAX_ANSWER:
+        if boxes and all(boxes) and len(answer) < MAX_ANSWER:
             return answer
     return None
 
@@ -58,14 +52,15 @@ def _boxes(block):
     boxes = []
     depth = 0  # of braces, in a box
     for mark in re.finditer(r"\\boxed\s*\{|\\.|[{}]", block, re.DOTALL):
-        if depth == 0 and mark[0].startswith(r"\boxed"):
+        found = mark[0]
+        if not depth and found.startswith(r"\boxed"):
             start = mark.end()
             depth = 1
-        elif depth and mark[0] == "}":
+        elif depth and found == "}":
             depth -= 1
             if depth == 0:
                 boxes.append(block[start : mark.start()].strip())
-        elif depth and mark[0] != r"\{" and mark[0].endswith("{"):
+        elif depth and found != r"\{" and found.endswith("{"):
             depth += 1
     return [] if depth else boxes
 
@@ -80,12 +75,22 @@ def reward(correct: bool, n_tool_calls: int, coefficient: float = 0.1) -> float:
     return 1.0 + coefficient * n_tool_calls if correct else 0.0
 
 
+def paid_calls(t, which: str) -> float:
+    """How many calls of trajectory t earn the tool reward: the first so many; "inf": all (PAPER).
+
+    "new": those whose code no earlier call of the trajectory has run.
+    """
+    if which == "new":
+        return len({turn.code for turn in t.turns[: t.n_tool_calls]})
+    return min(t.n_tool_calls, float(which))
+
+
 def advantages(rewards: list[float], normalize_std: bool = False) -> list[float]:
     """A = R - mean(R) over a group (PAPER); normalize_std divides by the std, as GRPO does."""
     scale = 1.0
     if normalize_std and len(rewards) > 1:
-        scale = np.std(rewards, ddof=1) + 1e-6
-    return [float((one - np.mean(rewards)) / scale) for one in rewards]
+        scale = statistics.stdev(rewards) + 1e-6
+    return [(one - statistics.fmean(rewards)) / scale for one in rewards]
 
 
 def score(
@@ -93,12 +98,14 @@ def score(
     coefficient: float = 0.1,
     judge: Judge | None = None,
     judge_only: bool = False,
+    paid: str = "inf",
 ) -> dict[str, int]:
     """Fill .correct and .reward of each trajectory from its .answer and .n_tool_calls.
 
     The judge is asked where the rule cannot tell; with judge_only everywhere but for MRA, which is
-    the paper's protocol. Counts: answers that nobody decided (they are wrong), and those that the
-    judge failed on, where the rule's verdict stands.
+    the paper's protocol. paid: which calls earn the tool reward (`paid_calls`).
+    Counts: answers that nobody decided (they are wrong), and those that the judge failed on, where
+    the rule's verdict stands.
     """
     verdicts = verify_batch([(t.answer, t.sample) for t in trajectories])
     asked = []
@@ -114,5 +121,5 @@ def score(
     undecided = sum(t.correct is None for t in trajectories)
     for t in trajectories:
         t.correct = bool(t.correct)
-        t.reward = reward(t.correct, t.n_tool_calls, coefficient)
+        t.reward = reward(t.correct, paid_calls(t, paid), coefficient)
     return {"undecided": undecided, "judge_failures": judged.count(None)}

@@ -71,6 +71,7 @@ class Config(Limits):
     group_size: int = 8  # rollouts a prompt
     max_pixels: int = 2_000_000  # an image is scaled down to at most so many
     tool_reward: float = 0.1  # what each tool call adds to the reward of a right answer
+    paid: str = "inf"  # how many calls of a rollout earn it; new: those of new code (paper: all)
     rank: Literal["std", "random"] = "std"  # which groups are kept: std, or random (ablation)
     normalize_std: bool = False  # divide advantages by the group's reward std (ablation)
     keep_zero_variance: bool = False  # keep groups whose rewards are all equal
@@ -176,7 +177,8 @@ class Run:
                 templates=self.templates,
                 **changes,
             )
-        counts = score(flat(groups), self.config.tool_reward, self.judge, self.config.judge_only)
+        config = self.config
+        counts = score(flat(groups), config.tool_reward, self.judge, config.judge_only, config.paid)
         self.journal.judged.update(counts)
         return groups
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data import Sample
-from reward import advantages, extract_answer, is_correct, reward
+from reward import advantages, extract_answer, is_correct, paid_calls, reward, score
+from rollout import Trajectory, Turn
 
 COLOURS = "What colour is it?\n(A) white\n(B) orange\n(C) dark red\n(D) red"
 
@@ -81,6 +82,37 @@ def test_reward():
     assert reward(True, 0) == 1
     assert reward(True, 4, 0.0) == 1
     assert reward(False, 4) == 0  # a wrong answer earns nothing for its calls
+
+
+def right_after(*codes):
+    """A trajectory that ran these codes and then answered rightly."""
+    turns = [Turn(code=code) for code in codes]
+    sample = Sample("0", COLOURS, "A")
+    return Trajectory(sample, turns=[*turns, Turn()], n_tool_calls=len(codes), answer="A")
+
+
+@pytest.mark.parametrize(
+    "which, paid",
+    [("inf", 4), ("0", 0), ("2", 2), ("9", 4), ("new", 2)],
+)
+def test_which_calls_earn_the_tool_reward(which, paid):
+    looks = right_after("left", "right", "left", "left")
+    assert paid_calls(looks, which) == paid
+    score([looks], paid=which)
+    assert looks.reward == pytest.approx(1 + 0.1 * paid)
+
+
+def test_code_that_did_not_run_is_no_new_call():
+    """The code of a last turn, which can only answer, never runs."""
+    looks = right_after("left", "left")
+    looks.turns[-1].code = "right"
+    assert paid_calls(looks, "new") == 1
+
+
+def test_every_call_earns_the_tool_reward_by_default():
+    looks = right_after("left", "left")
+    score([looks])
+    assert looks.reward == pytest.approx(1.2)
 
 
 def test_advantages_are_rewards_less_their_mean():
