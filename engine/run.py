@@ -53,6 +53,7 @@ SHOWN = dict(  # what one wants to see of a step, by stage, and what it is calle
 EXPECTED = dict(  # regular expressions of what a setting may be
     task="image|video|image,video|video,image",
     frames=r"|[1-9]\d*|(\d+\.?\d*|\.\d+)fps",
+    paid=r"inf|new|\d+",
 )
 LEAST = dict(  # of a setting of train.py or evaluate.py
     group_size=2,  # one trajectory has no group's mean to differ from
@@ -195,8 +196,8 @@ def check_bounds(config, **least) -> None:
     """Hold settings against EXPECTED, LEAST and `least`; None comes later. Raises DataError."""
     read_prelude(config.prelude)
     for name, pattern in EXPECTED.items():
-        value = getattr(config, name)
-        if not re.fullmatch(pattern, value):
+        value = getattr(config, name, None)
+        if value is not None and not re.fullmatch(pattern, value):
             raise DataError(f"--{name} {value}: expected {pattern}")
     for name, bound in {**LEAST, **least}.items():
         value = getattr(config, name, None)
