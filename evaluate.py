@@ -26,22 +26,22 @@ from engine import parallel
 from engine.batching import flat
 from engine.checkpoint import checkpoint_folder
 from engine.demonstrations import WHY
-from engine.evaluation import (
-    Lines,
-    as_text,
-    check,
-    newest,
-    read_json,
-    take_folder,
-    write_whole,
-)
+from engine.evaluation import Lines, newest, take_folder
 from engine.fast import FastPolicy
 from engine.flags import parse_flags, stop
 from engine.intervals import bootstrap, compare, interval
-from engine.judge import open_judge
 from engine.prompt import load_templates
-from engine.report import record, write_report
-from engine.run import Progress, leader, one_line_errors, say
+from engine.report import as_text, record, write_report
+from engine.run import (
+    Progress,
+    check_bounds,
+    leader,
+    one_line_errors,
+    reach_judge,
+    read_json,
+    say,
+    write_whole,
+)
 from model import load_policy
 from reward import reward
 from rollout import EndReason, Limits, Trajectory, rollout
@@ -105,7 +105,7 @@ def settle(config: EvalConfig) -> list[Sample]:
     if samples:
         kinds = {"video" if sample.videos else "image" for sample in samples}
         config.task = ",".join(sorted(kinds))
-    check(config)
+    check_bounds(config)
     if config.predictions or config.ask:
         config.k = 1
     if not config.predictions:
@@ -212,7 +212,10 @@ def collect(config: EvalConfig, samples: list[Sample]) -> list[dict]:
     what is sampled.
     """
     if not (config.no_tools or config.frames):
-        Sandbox(unsafe=config.unsafe_sandbox).close()  # says before a model is loaded if it cannot
+        # It says before a model is loaded if it cannot.
+        Sandbox(
+            (), (), config.timeout, unsafe=config.unsafe_sandbox, prelude=config.prelude
+        ).close()
     parallel.prepare()
     parallel.join()
     plain = load_policy(config.model)
@@ -372,11 +375,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         samples = settle(config)
         greet(config, samples)
-        judge = open_judge(config)
-        if judge and leader() and not judge.reachable():
-            say(
-                f"warning: the judge cannot be reached ({judge.last_error}): the rule decides alone"
-            )
+        judge = reach_judge(config)
         if config.predictions:
             lines = given(config, samples)
         else:

@@ -197,7 +197,8 @@ class Policy:
         masks = [torch.tensor(t.action_mask) for t in trajectories]
         actions = padded(masks, "right", False).to(self.device)[:, 1:]  # (B, T - 1)
         targets = inputs["input_ids"][:, 1:][actions]  # (A,)
-        logits = self.model(**inputs).logits[:, :-1][actions]  # (A, V)
+        logits = self.model(**inputs, use_cache=False).logits
+        logits = logits[:, :-1][actions]  # (A, V)
         scaled = logits.float() / temperature
         logprobs = (scaled + self.ban).log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -251,17 +252,8 @@ def load_policy(
     """
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device or best)
-    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer, processor = load_parts(
-        checkpoint_folder(name),
-        device,
-        dtype or usual,
-        sharded,
-    )
-    smallest = processor.size["shortest_edge"]
-    largest = min(processor.size["longest_edge"], max_pixels)
-    processor.size = {"shortest_edge": smallest, "longest_edge": largest}
-    return Policy(model, tokenizer, processor, device)
+    parts = load_parts(checkpoint_folder(name), device, dtype, max_pixels, sharded)
+    return Policy(*parts, device)
 
 
 def tiny_policy(folder, texts: list[str], seed: int = 0, vocabulary: int = 1024) -> Policy:

@@ -32,7 +32,11 @@ from sandbox import Packed, Sandbox, warm
 
 @dataclass
 class Limits:
-    """What a trajectory may take, and how it is sampled."""
+    """What a trajectory may take, and how it is sampled.
+
+    Figures are held as pixels until the step ends. A figure has at most 2 million of them, so a
+    trajectory holds at most 32 x 6 MB, and 48 MB of a call that did not fit into the context.
+    """
 
     max_turns: int = 5  # turns, the last of which can only answer: 4 tool calls
     max_new_tokens: int = 10_240  # new tokens a turn

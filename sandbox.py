@@ -21,7 +21,6 @@ What is guaranteed here:
   - After `close` the process, its descriptors and its scratch folder are gone.
 """
 
-import errno
 import json
 import os
 import pickle
@@ -38,8 +37,9 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps
 
 import data
+from engine.confine import FEW, too_few_descriptors
 from engine.figures import MAX_ASPECT, MAX_CALL_PIXELS, MAX_FIGURES, MAX_PIXELS
-from engine.pool import START, WAITING, too_few_descriptors
+from engine.pool import START
 from engine.pool import pool as _pool
 from engine.prelude import read_prelude
 from engine.session import HEADER, JSON_SIZE, MAX_FRAMES
@@ -49,7 +49,6 @@ warm = _pool.warm  # have some processes ready, while the policy generates
 RESTARTED = """[Restarted: earlier variables, imports and files are lost; the inputs and the \
 figures that were shown are bound again.]
 """
-FEW = errno.EMFILE, errno.ENFILE  # no descriptor is left
 GRACE = 0.25  # seconds from the timeout, which the child ends by itself, to the kill
 MARK = 99  # characters of text that a reply may have above its limit: the note of what was cut
 SHOWN_PIXELS = 32_000_000  # of figures that are bound again after a restart, the last ones
@@ -97,7 +96,8 @@ class Sandbox(AbstractContextManager):
     timeout: seconds of wall time for one call
     output_limit: characters of text of one call
     seed: of the random numbers that the code draws by `random` and numpy; None: of its own
-    prelude: path of code that runs first, also after a restart: functions for the code to call
+    prelude: path of code that runs first, also after a restart: functions for the code to call; it
+        has `timeout` seconds
     Raises SandboxError where the kernel lacks Landlock or seccomp, unless `unsafe`, or where the
     prelude raises; OSError for a video that cannot be opened; DataError for a prelude that is none.
     """
@@ -120,8 +120,8 @@ class Sandbox(AbstractContextManager):
         self._images = images if isinstance(images, Packed) else Packed(images)
         self._clue = self._images.count  # the number of the next figure
         self._shown = {}  # number -> figure, to be bound again after a restart
-        self._shown_pixels = 0
         self._limit = output_limit
+        self._start_seconds = timeout if prelude else START
         self._settings = (output_limit, seed, read_prelude(prelude))
         self._frame_counts = {}  # of the videos, asked for when a call decodes frames
         self._lock = threading.RLock()
@@ -178,7 +178,7 @@ class Sandbox(AbstractContextManager):
             error = f"TimeoutError: the code ran into the limit of {self.timeout:g} s\n"
         text = clean(self._child.printed(self._printed_at)[: self._limit])
         if text:
-            text = f"{text.rstrip()}\n"
+            text = text.rstrip() + "\n"
         return Result(text + error, [], error, [])
 
     def _start(self):
@@ -192,8 +192,10 @@ class Sandbox(AbstractContextManager):
                     raise SandboxError(too_few_descriptors()) from problem
                 raise
         if missing:
-            way_out = "use Linux 5.13+ or unsafe=True (--unsafe_sandbox)"
-            lack = f"no safe place for code without {', '.join(missing)}: {way_out}"
+            lack = (
+                f"no safe place for code without {', '.join(missing)}: "
+                "use Linux 5.13+ or unsafe=True (--unsafe_sandbox)"
+            )
             if not self.unsafe:
                 self._end()
                 raise SandboxError(lack)
@@ -201,13 +203,17 @@ class Sandbox(AbstractContextManager):
 
     def _connect(self, videos):
         """Take a child that lives and bind the inputs in it; the layers that it lacks."""
-        for _ in range(WAITING + 3):  # children that waited may have died
+        for _ in range(7):  # children that waited may have died
             try:
                 self._child = _pool.take(bool(videos))
                 self._received = bytearray()  # and not yet looked at
                 self._end = weakref.finalize(self, self._child.end)
                 self._end.atexit = False  # at exit the forking process ends what is left
                 return self._bind(videos)
+            except TimeoutError:
+                raise SandboxError(
+                    f"--prelude or the start itself: it ran for more than {self._start_seconds:g} s"
+                ) from None
             except (OSError, EOFError, ValueError) as failure:
                 if getattr(failure, "errno", None) in FEW:
                     raise
@@ -222,7 +228,7 @@ class Sandbox(AbstractContextManager):
                 descriptors = [file.fileno() for file in videos]
                 socket.send_fds(self._child.channel, [b"v" * len(videos)], descriptors)
             inputs = self._images.bytes + pickle.dumps(self._shown)
-            answer = json.loads(self._exchange(self._settings, START, inputs))
+            answer = json.loads(self._exchange(self._settings, self._start_seconds, inputs))
             if isinstance(answer, str):  # it failed, and says why
                 raise OSError(answer)
         except BaseException:
@@ -236,10 +242,8 @@ class Sandbox(AbstractContextManager):
         for image in images:
             self._shown[self._clue] = image
             self._clue += 1
-            self._shown_pixels += image.width * image.height
-        while self._shown_pixels > SHOWN_PIXELS:
-            oldest = self._shown.pop(min(self._shown))
-            self._shown_pixels -= oldest.width * oldest.height
+        while sum(image.width * image.height for image in self._shown.values()) > SHOWN_PIXELS:
+            del self._shown[min(self._shown)]
 
     def _count_frames(self, video):
         """How many frames a video has; 0 if there is no such video or it cannot be read."""
@@ -263,8 +267,7 @@ class Sandbox(AbstractContextManager):
                 channel.sendall(inputs)
         except ConnectionError:
             pass  # what it said before is still there
-        header = self._receive(HEADER.size, deadline)
-        sender, size = HEADER.unpack(header)
+        sender, size = HEADER.unpack(self._receive(HEADER.size, deadline))
         failed = inputs and sender == bytes(16)  # it did not get as far as the request
         largest = MAX_CALL_PIXELS * 3 + 24 * self._limit + 2**18
         if size > largest or not (sender == call or failed):
@@ -277,15 +280,15 @@ class Sandbox(AbstractContextManager):
         while len(received) < size:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError("timed out")
+                raise TimeoutError
             self._child.channel.settimeout(left)
-            part = self._child.channel.recv(2**16)
+            part = self._child.channel.recv(size + 4096)  # a short reply at once
             if not part:
                 raise EOFError("its process died")
             received += part
-        taken = bytes(received[:size])
-        del received[:size]
-        return taken
+        self._received = received[size:]
+        del received[size:]
+        return received
 
 
 # ---- what is let through

@@ -19,6 +19,7 @@ What is not here, and why:
 import math
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,9 @@ from engine.checkpoint import load_state, save_policy, save_state, state_to_resu
 from engine.demonstrations import Demonstrations
 from engine.fast import FastPolicy
 from engine.judge import open_judge
+from engine.lora import check_adapters
 from engine.metrics import mean, measure
+from engine.plan import plan
 from engine.prompt import load_templates
 from engine.run import Journal, Progress, check, greet, leader, one_line_errors, open_folder, settle
 from model import load_policy
@@ -72,7 +75,8 @@ class Config(Limits):
     rank: Literal["std", "random"] = "std"  # which groups are kept: std, or random (ablation)
     normalize_std: bool = False  # divide advantages by the group's reward std (ablation)
     keep_zero_variance: bool = False  # keep groups whose rewards are all equal
-    lr: float = 1e-6  # AdamW learning rate, constant after warm-up
+    lr: float = 1e-6  # AdamW's, constant after warm-up; with --lora_rank try 10 times as much
+    lora_rank: int = 0  # train adapters of this rank (such as 32, by peft), 0: all weights
     warmup: int = 0  # steps of linear warm-up
     weight_decay: float = 0.0  # AdamW weight decay
     clip: float = 0.2  # PPO ratio clip
@@ -80,6 +84,7 @@ class Config(Limits):
     max_grad_norm: float = 1.0  # gradient clipping
     minibatches: int = 1  # optimizer updates a batch
     tokens_per_microbatch: int = 16_384  # packed tokens of one forward and backward
+    dtype: Literal["", "bfloat16", "float32"] = ""  # of what is computed; none: bfloat16 on a GPU
     checkpoint_activations: bool = False  # recompute layers in backward: less memory, slower
     offload: bool = False  # parameters and optimizer in main memory (with a GPU)
     eval_every: int = 20  # steps between held-out evaluations, 0: none
@@ -92,6 +97,9 @@ class Config(Limits):
     judge_only: bool = False  # ask the judge for every answer: the paper's protocol
     judge_key_file: str = ""  # file with the judge's API key
     slow: bool = False  # plain transformers instead of engine/fast.py: for reading and for proofs
+    plan: bool = False  # print what such a run needs on each GPU, and end
+    gpus: int = 1  # of the plan
+    gpu_memory: float = 80.0  # GB of each GPU of the plan
     tracker: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also log there, if installed
     name: str = ""  # the run's name there; none: the output folder's and the time of the start
 
@@ -118,16 +126,16 @@ class Run:
 
         progress, part: of the whole job, and the name of this run's steps in it.
         """
-        many = torch.distributed.is_initialized()
-        weights = resume.parents[1] / resume.stem if resume else config.model
+        weights = config.model  # with adapters they stay what they are
+        if resume and not config.lora_rank:
+            weights = resume.parents[1] / resume.stem
         plain = load_policy(
             weights,
             dtype=torch.float32,
             max_pixels=config.max_pixels,
-            sharded=many,
+            sharded=torch.distributed.is_initialized(),
         )
-        if many:
-            parallel.shard(plain, config.offload, config.checkpoint_activations)
+        parallel.make_trainable(plain, config)
         self.policy = plain if config.slow else FastPolicy(plain)
         self.model = plain.model
         self.optimizer = torch.optim.AdamW(
@@ -149,10 +157,7 @@ class Run:
         self.terminated = False
         self.policy.generator.manual_seed(config.seed * 7919 + parallel.rank())
         if resume:
-            saved = load_state(resume, plain, self.optimizer)
-            self.step = saved["step"]
-            self.position = saved["position"]
-            self.rows = saved["rows"]
+            load_state(resume, self)
         part = part or config.stage
         progress = progress or Progress({part: (config.steps, 1.0)})
         self.journal = Journal(config, progress, part, self.rows)
@@ -179,15 +184,7 @@ class Run:
 
     def save(self):
         """Write a checkpoint, and what --resume needs. All processes call it."""
-        progress = dict(step=self.step, position=self.position, rows=self.rows)
-        save_state(
-            self.out,
-            self.step,
-            self.policy,
-            self.optimizer,
-            progress,
-            self.config.keep,
-        )
+        save_state(self)
 
 
 # ------------------------------------------------------------------------------------------ collect
@@ -414,7 +411,10 @@ def configure(argv: list[str] | None = None) -> Config:
     """Flags -> Config, checked before any model is loaded. Raises DataError."""
     config = settle(Config, argv, LAPTOP)
     check(config)
+    check_adapters(config.lora_rank)
     read_difficulty(config.difficulty)
+    if config.plan:
+        sys.exit(plan(config))
     if config.slow and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("--slow is for one process")
     open_folder(Path(config.out))
@@ -457,7 +457,7 @@ def begin(config: Config) -> Run:
         if leader() and not folder.exists():
             cold_start(config, folder, progress)
         config.model = str(folder)
-    parallel.join()
+    parallel.join(config.dtype)
     run = Run(config, samples, held, resume, progress)
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "terminated", True))
     if held and config.eval_every and not run.rows:

@@ -13,7 +13,6 @@ This file imports nothing of the project, since the workers run it.
 import contextlib
 import functools
 import json
-import math
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import sys
 from multiprocessing.pool import ThreadPool
 
 WORKERS = 2  # at most; one holds about 70 MiB
-SECONDS = 1.0  # of real time for one pair
+SECONDS = 1.0  # of computing for one pair; a busy machine does not shorten it
 MEMORY = 2**31  # bytes of addresses a worker may use
 
 
@@ -33,10 +32,8 @@ def equal(pairs: list[tuple[str, str]]) -> list:
     where both are real numbers and not both are whole, [answer, reference] as floats: how close
     they must be is for the caller to say.
     """
-    if not pairs:
-        return []
-    with ThreadPool(min(WORKERS, len(pairs))) as pool:
-        return pool.map(_ask, pairs, chunksize=1)
+    with ThreadPool(WORKERS) as pool:
+        return pool.map(_ask, pairs)
 
 
 @functools.cache
@@ -66,8 +63,7 @@ def _ask(pair):
         except IndexError:
             worker = _start()
     try:
-        worker.stdin.write(json.dumps(pair) + "\n")
-        worker.stdin.flush()
+        print(json.dumps(pair), file=worker.stdin, flush=True)
         reply = worker.stdout.readline()
     except BrokenPipeError:
         reply = ""
@@ -82,71 +78,49 @@ def _ask(pair):
 # In a worker --------------------------------------------------------------------------------------
 def main():
     """Answer each line of the input, a JSON pair, with a line of JSON, until the input closes."""
-    import logging
     import resource
 
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # what a library prints is no reply
+    with contextlib.suppress(ValueError, OSError):  # not every system can limit it
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    _compare("x^2+1", r"\sqrt{2}x")  # the first takes long: it loads the library
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process
+        try:
+            reply = json.dumps(_compare(*json.loads(line)), allow_nan=False)
+        except Exception:  # the library promises nothing about what it raises
+            reply = "null"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(reply, file=replies, flush=True)
+
+
+def _compare(answer, reference):
+    """As `equal`, for one pair. Raises anything at all for what is not understood."""
     import math_verify  # it takes a second, which the trainer does not pay
     from latex2sympy2_extended import NormalizationConfig
 
-    logging.disable()
-    replies = sys.stdout
-    sys.stdout = sys.stderr  # what a library prints is no reply
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process
-    with contextlib.suppress(ValueError, OSError):  # not every system can limit it
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    normalization = NormalizationConfig(malformed_operators=True, boxed="none")
-    latex = math_verify.LatexExtractionConfig(normalization_config=normalization)
-    _compare("x^2+1", r"\sqrt{2}x", math_verify, latex)  # the first takes long: it loads more
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        try:
-            reply = _compare(*json.loads(line), math_verify, latex)
-        except Exception:  # the library promises nothing about what it raises
-            reply = None
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(reply), file=replies, flush=True)
-
-
-def _compare(answer, reference, math_verify, latex):
+    mended = NormalizationConfig(malformed_operators=True)  # such as "\\sqrt x" without braces
+    latex = math_verify.LatexExtractionConfig(normalization_config=mended)
     parsed = []
     for text in (answer, reference):
         found = math_verify.parse(f"${text}$", [latex], "no_fallback", parsing_timeout=None)
-        if not found:
-            return None
-        parsed += found[:1]
-    numbers = [_number(expression) for expression in parsed]
-    if None not in numbers:
-        whole = [expression.doit().is_integer for expression in parsed]
-        return numbers if not all(whole) else bool(parsed[0].doit() == parsed[1].doit())
-    if math_verify.verify(parsed[1], parsed[0], float_rounding=12, timeout_seconds=None):
+        parsed.append(found[0])
+    if all(expression.is_comparable and expression.is_finite for expression in parsed):
+        numbers = [expression.doit() for expression in parsed]
+        if all(number.is_integer for number in numbers):
+            return numbers[0] == numbers[1]
+        return [float(number) for number in numbers]
+    said, wanted = parsed
+    if math_verify.verify(wanted, said, float_rounding=12, timeout_seconds=None):
         return True
-    return _surely_different(*parsed)
-
-
-def _number(expression):
-    """The float that the expression is, or None: it has variables, is a set, is not real."""
-    try:
-        number = float(expression.evalf(17))
-    except (TypeError, AttributeError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _surely_different(answer, reference):
-    """False if they are different collections, or differ where each variable has some value.
-
-    None if neither can be seen.
-    """
-    import sympy
-
-    symbols = sorted(answer.free_symbols | reference.free_symbols, key=str)
-    collections = sympy.Set, sympy.Tuple, sympy.MatrixBase
-    if isinstance(answer, collections) and isinstance(reference, collections):
-        rounded = answer.has(sympy.Float) or reference.has(sympy.Float)
-        return None if symbols or rounded else False
+    symbols = sorted(said.free_symbols | wanted.free_symbols, key=str)
+    if not (symbols or said.is_number or wanted.is_number):  # collections of numbers
+        return None if "." in answer + reference else False
+    # Expressions are surely different if they are so where each variable has some value.
     values = {symbol: 0.7391 + 0.4142 * k for k, symbol in enumerate(symbols)}
-    there = reference.subs(values).evalf()
-    difference = abs(answer.subs(values).evalf() - there)
+    there = wanted.subs(values).evalf()
+    difference = abs(said.subs(values).evalf() - there)
     return False if difference > 0.01 * abs(there) else None
 
 

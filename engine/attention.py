@@ -15,6 +15,9 @@ What a reader may rely on without reading on:
 Shapes: B sequences, Tq and Tk packed queries and keys, H heads, Hk key heads, D head size.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 
 # torch's varlen_attn and transformers are imported where they are used: together they take two
@@ -54,12 +57,13 @@ def varlen_attention(
 
         return varlen_attn(**given)
     causal = tuple(window_size) == CAUSAL
-    used = cu_seq_k.diff() if seqused_k is None else seqused_k
     if query.is_cuda or 0 < max_q * max_k <= SHORT:
-        bounds = (cu_seq_q, cu_seq_k, max_q, max_k, used)
-        out, lse = padded_attention(query, key, value, *bounds, causal, scale)
+        shared = query.shape[1] // key.shape[1]
+        lengths = (cu_seq_q, cu_seq_k, max_q, max_k, seqused_k)
+        known = padding(*lengths, causal, shared, query.dtype)
+        out, lse = padded_attention(query, key, value, known, scale)
     else:
-        calls = kernel_calls(cu_seq_q, cu_seq_k, used, causal)
+        calls = kernel_calls(cu_seq_q, cu_seq_k, seqused_k, causal)
         inputs = (x.transpose(0, 1)[None] for x in (query, key, value))
         out, lse = FlashOnCPU.apply(*inputs, calls, scale)
         out = out[0].transpose(0, 1)
@@ -77,13 +81,15 @@ def merge(first, second):
 
 
 # ---------------------------------------------------------------- long sequences: one call for each
-def kernel_calls(cu_seq_q, cu_seq_k, used, causal):
+@functools.lru_cache(4)  # all layers of a forward give the same tensors
+def kernel_calls(cu_seq_q, cu_seq_k, seqused_k, causal) -> list:
     """The calls that the CPU's kernel needs: (causal, queries, keys), the latter two as slices.
 
     It aligns causal attention at the start. A causal sequence with more keys than queries is
     therefore two calls: the keys before its queries, all of which are seen, and its own.
     """
     calls = []
+    used = cu_seq_k.diff() if seqused_k is None else seqused_k
     starts = cu_seq_q[:-1]
     ends = cu_seq_q[1:]
     bounds = torch.stack([starts, ends, cu_seq_k[:-1], used], 1)
@@ -146,68 +152,81 @@ class FlashOnCPU(torch.autograd.Function):
 
 
 # -------------------------------------------------------- short sequences: one call for all of them
-def padded_attention(
-    query,
-    key,
-    value,
-    cu_seq_q,
-    cu_seq_k,
-    max_q,
-    max_k,
-    used,
-    causal,
-    scale,
-):
+class Padding(NamedTuple):
+    """Where packed tokens lie when they are padded, and what is masked. None: where they are."""
+
+    queries: torch.Tensor | None  # (B * max_q,) places of queries among the packed ones
+    keys: torch.Tensor | None  # (B * max_k,), likewise; behind a shorter one is what lies there
+    real: torch.Tensor | None  # (Tq,) places of the packed queries among the padded ones
+    bias: torch.Tensor  # (B, 1, 1 or max_q * H / Hk, max_k): 0, or -inf where a key is not seen
+    blind: torch.Tensor | None  # (B, 1, 1 or max_q * H / Hk): who sees no key; None: nobody
+
+
+@functools.lru_cache(4)  # all layers of a forward give the same tensors
+def padding(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, causal, shared, dtype) -> Padding:
+    """What padded_attention needs to know about lengths. shared: heads of one key head."""
+    used = cu_seq_k.diff() if seqused_k is None else seqused_k
+    column = torch.arange(max(max_q, max_k), device=used.device)
+    lengths = cu_seq_q.diff()[:, None]
+    last = used[:, None] - 1  # (B, 1 or max_q): the last key that a query sees
+    if causal:
+        last = torch.minimum(last, last + 1 - lengths + column[:max_q])
+        last = last.repeat_interleave(shared, 1)
+    ahead = column[:max_k] > last[..., None]
+    bias = torch.zeros(ahead.shape, dtype=dtype, device=used.device)
+    bias.masked_fill_(ahead, -torch.inf)
+    real = column[:max_q] < lengths
+    blind = last[:, None] < 0
+    return Padding(
+        queries=places_of(cu_seq_q, max_q),
+        keys=places_of(cu_seq_k, max_k),
+        real=None if real.all() else real.flatten().nonzero()[:, 0],
+        bias=bias[:, None],
+        blind=blind if blind.any() else None,
+    )
+
+
+def places_of(cu_seq, length):
+    """Places (B * length,) of the first `length` of each sequence; None: they lie evenly."""
+    strides = set(cu_seq.diff().tolist())
+    if len(strides) == 1 and max(strides) >= length:
+        return None
+    place = cu_seq[:-1, None] + torch.arange(length, device=cu_seq.device)
+    return place.clamp(max=cu_seq[-1] - 1).flatten()
+
+
+def pick(x, places):
+    """x at these places of its first dimension; None: as it is."""
+    return x if places is None else x.index_select(0, places)
+
+
+def padded_attention(query, key, value, padding, scale):
     """Sequences padded to (B, H, max_q, D) and (B, Hk, max_k, D), with a mask.
 
     The mask is small where sequences are short, and padding then takes less time than a call for
     each of them. On a GPU this is what float32 gets, at any length.
     """
-    shared = query.shape[1] // key.shape[1]
-    column = torch.arange(max(max_q, max_k), device=query.device)
-    lengths = cu_seq_q.diff()[:, None]
-    last = used[:, None] - 1  # (B, 1 or max_q): the last key that a query sees
-    if causal:
-        last = torch.minimum(last, last + 1 - lengths + column[:max_q])
-    ahead = column[:max_k] > last[..., None]
-    bias = query.new_zeros(ahead.shape)
-    bias.masked_fill_(ahead, -torch.inf)
-    if causal:
-        bias = bias.repeat_interleave(shared, 1)
+    count = len(padding.bias)
+    longest = padding.bias.shape[-1]
     # The heads that share a key head become queries of it, so that each key is read once.
-    [queries] = rows([query], cu_seq_q, max_q)
-    queries = queries.unflatten(2, (-1, shared)).transpose(1, 2)
-    key, value = rows([key, value], cu_seq_k, max_k)
-    key = key.transpose(1, 2)
-    value = value.transpose(1, 2)
+    heads = (key.shape[1], -1)
+    queries = pick(query, padding.queries).unflatten(1, heads).unflatten(0, (count, -1))
+    _, most, _, shared, _ = queries.shape
+    queries = queries.transpose(1, 2).flatten(2, 3)  # (B, Hk, max_q * H / Hk, D)
+    seen = []
+    for x in (key, value):
+        x = pick(x, padding.keys).unflatten(0, (count, -1))
+        seen.append(x[:, :longest].transpose(1, 2))
     kernel = plain_kernel if query.is_cuda else FLASH
-    queries = queries.flatten(2, 3)
-    out, lse = kernel(queries, key, value, attn_mask=bias[:, None], scale=scale)
-    out = out.unflatten(2, (max_q, shared)).transpose(1, 2)
-    lse = lse.unflatten(2, (max_q, shared)).transpose(1, 2)  # (B, max_q, Hk, H / Hk)
-    nothing = last[..., None, None] < 0
-    lse = lse.masked_fill(nothing, -torch.inf)
-    real = column[:max_q] < lengths
-    real = real.flatten().nonzero()[:, 0]
-    out = out.flatten(0, 1).index_select(0, real)
-    lse = lse.flatten(0, 1).index_select(0, real)
-    return out.flatten(1, 2), lse.flatten(1, 2).t()
-
-
-def rows(tensors, cu_seq, length):
-    """The first `length` of each packed sequence, (B, length, ...): views if these are a cache.
-
-    What follows a shorter sequence is whatever lies there.
-    """
-    strides = set(cu_seq.diff().tolist())
-    if len(strides) == 1 and max(strides) >= length:
-        shape = (len(cu_seq) - 1, -1)
-        return [x.unflatten(0, shape)[:, :length] for x in tensors]
-    column = torch.arange(length, device=cu_seq.device)
-    place = cu_seq[:-1, None] + column
-    place = place.clamp(max=len(tensors[0]) - 1)
-    picked = [x.index_select(0, place.flatten()) for x in tensors]
-    return [x.unflatten(0, place.shape) for x in picked]
+    out, lse = kernel(queries, *seen, attn_mask=padding.bias, scale=scale)
+    if padding.blind is not None:
+        lse = lse.masked_fill(padding.blind, -torch.inf)
+    packed = []
+    for x in (out, lse):
+        x = x.unflatten(2, (most, shared)).transpose(1, 2)
+        x = pick(x.flatten(0, 1), padding.real)  # (Tq, Hk, H / Hk, ...)
+        packed.append(x.flatten(1, 2))
+    return packed[0], packed[1].t()
 
 
 def plain_kernel(query, key, value, attn_mask, scale):

@@ -8,10 +8,10 @@ string does not cut the code, and code with an error in it is still found and it
 import ast
 import re
 
-TAGGED = re.compile(r"<code>(.*?)</code>", re.DOTALL)
-NAMED_FENCE = re.compile(r"```(?:python|py)[ \t]*\r?\n", re.IGNORECASE)
-ANY_FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n", re.IGNORECASE)
-CLOSING_FENCE = re.compile(r"^[ \t]*```|```[ \t]*\r?$", re.MULTILINE)
+TAGGED = re.compile(r"(?s)<code>(.*?)</code>")
+NAMED_FENCE = re.compile(r"(?i)```(?:python|py)[ \t]*\r?\n")
+ANY_FENCE = re.compile(r"(?i)```(?:python|py)?[ \t]*\r?\n")
+CLOSING_FENCE = re.compile(r"(?m)^[ \t]*```|```[ \t]*\r?$")
 CLOSINGS_TRIED = 20  # ends of one block that are tried, since each is parsed
 
 
@@ -47,6 +47,6 @@ def parses(code: str) -> bool:
     """Is it Python?"""
     try:
         ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except Exception:  # of several kinds, for what is no Python
         return False
     return True

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data import DataError
+from engine.lora import adapters, load_adapters, merged
 from engine.parallel import full_weights, gather, rank, world
 from engine.prompt import encode
 
@@ -111,27 +112,41 @@ def reading(folder: str, part: str, advice: str = ""):
         refuse(folder, fault)
 
 
-def load_parts(folder: str, device, dtype, sharded: bool):
+def read_config(folder: str):
+    """The config of a checkpoint, of a folder or hub name. Raises DataError."""
+    from transformers import AutoConfig
+
+    with quiet(), reading(folder, "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type not in FAMILIES:
+        families = ", ".join(FAMILIES)
+        refuse(folder, f"a model of type {config.model_type}; expected one of {families}")
+    return config
+
+
+def meta_model(config, settings: dict):
+    """A model of this config whose weights have shapes and no memory."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, **settings)
+
+
+def load_parts(folder: str, device, dtype, max_pixels: int, sharded: bool):
     """Model (in eval mode), tokenizer and image processor of a checkpoint. Raises DataError.
 
-    sharded: process 0 reads the weights into main memory, the others hold none.
+    dtype: bfloat16 on a GPU and float32 on a CPU, unless given. max_pixels: of an image, at most,
+    as the model sees it. sharded: process 0 reads the weights into main memory, and the others hold
+    none.
     """
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForImageTextToText,
-        AutoTokenizer,
-    )
+    from transformers import AutoImageProcessor, AutoTokenizer
 
     flash = device.type == "cuda" and importlib.util.find_spec("flash_attn")
     attention = {"text_config": "sdpa", "vision_config": "flash_attention_2" if flash else "sdpa"}
-    settings = dict(dtype=dtype, attn_implementation=attention)
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    settings = dict(dtype=dtype or usual, attn_implementation=attention)
+    config = read_config(folder)
     with quiet(bars=not Path(folder).is_dir()):  # a download is slow, and shows its bar
-        with reading(folder, "config.json"):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if config.model_type not in FAMILIES:
-            families = ", ".join(FAMILIES)
-            refuse(folder, f"a model of type {config.model_type}; expected one of {families}")
         with reading(folder, "tokenizer", SOURCE):
             tokenizer = AutoTokenizer.from_pretrained(folder)
         with reading(folder, "chat template", SOURCE):
@@ -141,11 +156,11 @@ def load_parts(folder: str, device, dtype, sharded: bool):
             processor.get_number_of_image_patches(56, 56)  # one of another kind has no such method
         with reading(folder, "model"):
             if sharded and rank() > 0:
-                with torch.device("meta"):
-                    model = AutoModelForImageTextToText.from_config(config, **settings)
+                model = meta_model(config, settings)
             else:
                 model = load_whole(folder, settings)
                 model.to("cpu" if sharded else device)
+    processor.size["longest_edge"] = min(processor.size["longest_edge"], max_pixels)
     return model.eval(), tokenizer, processor
 
 
@@ -187,8 +202,11 @@ def load_whole(folder: str, settings: dict):
 
 # ---------------------------------------------------------------------------------------- writing
 def save_policy(policy, folder) -> None:
-    """Write a Hugging Face checkpoint, gathered from all processes; process 0 writes."""
-    weights = full_weights(policy.model)
+    """Write a Hugging Face checkpoint, gathered from all processes; process 0 writes.
+
+    Adapters are merged into it.
+    """
+    weights = merged(full_weights(policy.model))
     if rank() == 0:
         with quiet():
             policy.model.save_pretrained(Path(folder), state_dict=weights)
@@ -196,19 +214,26 @@ def save_policy(policy, folder) -> None:
         policy.image_processor.save_pretrained(folder)
 
 
-def save_state(out: Path, step: int, policy, optimizer, progress: dict, keep: int) -> None:
-    """Write step_N/ and state/step_N.pt; only the newest `keep` stay. All processes call it.
+PROGRESS = ("step", "position", "rows")  # of train.Run: plain values
 
-    progress: what else --resume needs, plain values. Raises FullDisk.
+
+def save_state(run) -> None:
+    """Write step_N/ and state/step_N.pt; only the newest --keep stay. All processes call it.
+
+    Raises FullDisk.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    name = f"step_{step}"
+    policy = run.policy
+    out = run.out
+    name = f"step_{run.step}"
     aside = out / "unfinished"
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    progress = {name: getattr(run, name) for name in PROGRESS}
     state = dict(
         progress,
-        optimizer=get_optimizer_state_dict(policy.model, optimizer, options=whole),
+        adapters=adapters(policy.model),
+        optimizer=get_optimizer_state_dict(policy.model, run.optimizer, options=whole),
         generators=gather([policy.generator.get_state()]),
     )
     try:
@@ -224,7 +249,7 @@ def save_state(out: Path, step: int, policy, optimizer, progress: dict, keep: in
             (aside / name).rename(out / name)
             (aside / "state.pt").rename(out / "state" / f"{name}.pt")
             discard(aside)
-            for old in complete(out)[:-keep]:
+            for old in complete(out)[: -run.config.keep]:
                 old.unlink()
                 discard(out / old.stem)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -239,19 +264,23 @@ def save_state(out: Path, step: int, policy, optimizer, progress: dict, keep: in
         ) from None
 
 
-def load_state(file: Path, policy, optimizer) -> dict:
-    """Put the optimizer and, on as many processes as before, the random state back -> progress."""
+def load_state(file: Path, run) -> None:
+    """Put a run back to where it was: also its random state, on as many processes as before."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     state = torch.load(file, mmap=True, weights_only=True)
+    policy = run.policy
+    optimizer = run.optimizer
+    load_adapters(policy.model, state.get("adapters", {}))
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weight_decay = optimizer.param_groups[0]["weight_decay"]  # may be another one now
-    set_optimizer_state_dict(policy.model, optimizer, state.pop("optimizer"), options=whole)
+    set_optimizer_state_dict(policy.model, optimizer, state["optimizer"], options=whole)
     optimizer.param_groups[0]["weight_decay"] = weight_decay
-    generators = state.pop("generators")
+    generators = state["generators"]
     if len(generators) == world():
         policy.generator.set_state(generators[rank()])
-    return state
+    for name in PROGRESS:
+        setattr(run, name, state[name])
 
 
 def state_to_resume(config) -> Path | None:

@@ -64,12 +64,14 @@ SCRATCH = 64 << 20  # bytes in the scratch folder, and of one file
 FILES = 1000  # in the scratch folder
 THREADS = 16
 DESCRIPTORS = 128
-HANDED_OVER = 1  # children of a kind whose descriptors are under way; the kernel counts per user
-PATIENCE = 2.0  # seconds that nothing can be handed over, until the trainer is told why
+TAKE = 255  # the request for one child; smaller numbers are how many should wait
+WAITING = 4  # children that wait for inputs, at least
 MAPS_READ = 1 << 20  # bytes of the list of a child's mappings; an honest one has a tenth
 WATCH_SECONDS = 0.1
 # Removes a folder at any depth, whatever the modes in it.
 REMOVE = 'while chmod -R u+rwx "$0"; ! rm -rf "$0"; do sleep 1; done'
+
+FEW = (errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS)  # no descriptor is left
 
 # ---- the kernel's constants
 
@@ -127,7 +129,12 @@ SCRATCH_RIGHTS |= REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_FIFO | M
 
 # ---- system calls: what is allowed, by name. Everything else is answered with EPERM.
 
-ALLOWED = """
+SECCOMP_RET_KILL_PROCESS = 0x80000000
+SECCOMP_RET_ALLOW = 0x7FFF0000
+SECCOMP_RET_ERRNO = 0x50000
+# What libraries call without need is answered as if it were done (error 0) or not there.
+ANSWERS = {
+    SECCOMP_RET_ALLOW: """
     read write readv writev pread64 pwrite64 lseek close dup dup2 dup3 pipe pipe2 eventfd2 sendfile
     copy_file_range ftruncate fsync fdatasync stat fstat lstat newfstatat statx access faccessat
     faccessat2 getdents getdents64 getcwd chdir fchdir umask
@@ -138,15 +145,14 @@ ALLOWED = """
     getitimer setitimer nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time times
     exit exit_group sched_yield sched_getaffinity getcpu set_tid_address set_robust_list
     get_robust_list rseq gettid getpid getppid getuid geteuid getgid getegid getgroups getresuid
-    getresgid getrlimit getrusage sysinfo uname getrandom
-"""
-# What libraries call without need is answered as if it were done (0) or not there.
-ANSWERED = {
-    0: "flock chmod fchmod fchmodat fchmodat2 utime utimes futimesat utimensat",
-    errno.ENOTTY: "ioctl",
-    errno.ENOSYS: "clone3",
-    errno.EINVAL: "readlink readlinkat",  # "is no link": links in /proc tell the names of videos
-    errno.EOPNOTSUPP: """fallocate setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr
+    getresgid getrlimit getrusage sysinfo uname getrandom""",
+    SECCOMP_RET_ERRNO: "flock chmod fchmod fchmodat fchmodat2 utime utimes futimesat utimensat",
+    SECCOMP_RET_ERRNO | errno.ENOTTY: "ioctl",
+    SECCOMP_RET_ERRNO | errno.ENOSYS: "clone3",
+    SECCOMP_RET_ERRNO
+    | errno.EINVAL: "readlink readlinkat",  # "is no link": links in /proc tell the names of videos
+    SECCOMP_RET_ERRNO
+    | errno.EOPNOTSUPP: """fallocate setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr
         listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr""",
 }
 # Calls that are allowed by one of their arguments: which one, the bits that count, the values that
@@ -217,9 +223,6 @@ BPF_LOAD = 0x20
 BPF_AND = 0x54
 BPF_JUMP_IF_EQUAL = 0x15
 BPF_RETURN = 0x06
-SECCOMP_RET_KILL_PROCESS = 0x80000000
-SECCOMP_RET_ALLOW = 0x7FFF0000
-SECCOMP_RET_ERRNO = 0x50000
 SECCOMP_DATA_NUMBER = 0
 SECCOMP_DATA_ARCH = 4
 SECCOMP_DATA_ARGUMENTS = 16  # 8 bytes each, the low half first
@@ -271,11 +274,9 @@ def _filter():
     machine = platform.machine()
     numbers = system_calls(machine)
     answers = {}
-    for name in ALLOWED.split():
-        answers[name] = [_instruction(BPF_RETURN, SECCOMP_RET_ALLOW)]
-    for number, names in ANSWERED.items():
+    for answer, names in ANSWERS.items():
         for name in names.split():
-            answers[name] = [_errno(number)]
+            answers[name] = [_instruction(BPF_RETURN, answer)]
     for name, check in CHECKED.items():
         answers[name] = _argument(*check)
     program = [
@@ -294,6 +295,13 @@ def _filter():
 
 
 # ---- the forking process
+
+
+def too_few_descriptors() -> str:
+    """What to say where descriptors are short (an errno of FEW)."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    why = f"this process may open only {most} files (ulimit -n), and each sandbox takes two"
+    return f"{why}: raise the limit, or use fewer sandboxes at once"
 
 
 class Room:
@@ -321,65 +329,53 @@ class Room:
 class Nursery:
     """The children of one kind (with or without videos) that wait for the trainer to take them."""
 
-    def __init__(self, control: socket.socket, room: Room, with_videos: bool):
-        self.control = control
+    def __init__(self, descriptor: str, room: Room, with_videos: bool):
+        self.control = socket.socket(fileno=int(descriptor))
         self.room = room
         self.with_videos = with_videos
-        self.wanted = 0  # children to be made
-        self.waiting = deque()  # (message, descriptors) of children that were made
-        self.handed_over = 0  # messages that the trainer has not taken yet
-        self.worked = time.monotonic()  # the last time without a problem
-
-    @property
-    def pending(self) -> bool:
-        """Whether there is something to do that did not succeed yet."""
-        return self.wanted > 0 or bool(self.waiting and self.handed_over < HANDED_OVER)
+        self.wanted = 0  # children that should wait
+        self.waiting = deque()  # (message, descriptors) of children that do
 
     def listen(self) -> bool:
-        """Read the trainer's requests: f, one child more; t, one was taken. False: it is gone."""
+        """Answer the trainer's requests, a byte each. False: it is gone.
+
+        TAKE: hand over one child, now. Any other number: so many should wait. The trainer asks for
+        one ahead, so that it need not wait for us, and no more: the kernel counts descriptors that
+        are under way per user.
+        """
         requests = self.control.recv(4096)
-        self.worked = time.monotonic()
-        self.wanted += requests.count(b"f")
-        self.handed_over -= requests.count(b"t")
+        for request in requests:
+            if request == TAKE:
+                self._hand_over()
+                self.wanted = max(self.wanted - 1, WAITING)
+            else:
+                self.wanted = max(self.wanted, request)
         return bool(requests)
 
-    def work(self) -> bool:
-        """Hand over what waits, and make one child if one is wanted. False: nothing more to do."""
-        try:
-            self._hand_over()
-            if not self.wanted:
-                self.worked = time.monotonic()
-                return False
-            self.waiting.append(self._fork())
-            self.wanted -= 1
-            self._hand_over()
-        except OSError as error:  # no descriptor, no process, no memory: later there may be some
-            late = time.monotonic() - self.worked > PATIENCE
-            if late and not self.handed_over:
-                self._complain(error)
+    def prepare(self) -> bool:
+        """Make one child if more should wait; whether there is one more."""
+        if len(self.waiting) >= self.wanted:
             return False
-        self.worked = time.monotonic()
-        return self.wanted > 0
-
-    def _complain(self, error):
-        """Tell the trainer, instead of a child, why there is none."""
-        reason = f"{type(error).__name__}: {error}"
-        if error.errno in (errno.EMFILE, errno.ETOOMANYREFS):
-            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            reason = f"too many open files of this user for `ulimit -n` {most}: raise the limit"
-        self.control.send(json.dumps(reason).encode())
-        self.handed_over += 1
-        self.worked = time.monotonic()
+        try:
+            self.waiting.append(self._fork())
+            return True
+        except OSError:  # no descriptor, no process, no memory: whoever takes one is told
+            self.wanted = 0
+            return False
 
     def _hand_over(self):
-        """Send children to the trainer, few at a time: the kernel counts descriptors under way."""
-        while self.waiting and self.handed_over < HANDED_OVER:
-            message, descriptors = self.waiting[0]
+        """Send one child to the trainer, or the reason why there is none."""
+        descriptors = []
+        try:
+            message, descriptors = self.waiting.popleft() if self.waiting else self._fork()
             socket.send_fds(self.control, [message.encode()], descriptors)
-            self.handed_over += 1
-            self.waiting.popleft()
-            for descriptor in descriptors:
-                os.close(descriptor)
+        except OSError as error:
+            reason = f"{type(error).__name__}: {error}"
+            if error.errno in FEW:
+                reason = too_few_descriptors()
+            self.control.send(json.dumps(reason).encode())
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     def _fork(self):
         """Make a child: what the trainer is told of it, its descriptors (channel and process)."""
@@ -427,32 +423,24 @@ def serve(control: str, videos: str, trainer: str, packages: str, *reads: str):
 
 def _work(control, videos, trainer, room):
     """Answer requests and watch the children."""
-    nurseries = {}
-    for descriptor, with_videos in ((int(control), False), (int(videos), True)):
-        nurseries[descriptor] = Nursery(socket.socket(fileno=descriptor), room, with_videos)
+    nurseries = [Nursery(control, room, False), Nursery(videos, room, True)]
     poller = select.poll()
-    for descriptor in (trainer, *nurseries):
-        poller.register(descriptor, select.POLLIN)
+    for source in (trainer, *(nursery.control for nursery in nurseries)):
+        poller.register(source, select.POLLIN)
     watched = 0.0
-    busy = False
     while True:
-        waits = any(nursery.pending for nursery in nurseries.values())
-        seconds = WATCH_SECONDS if waits or not room.spaces else None
-        timeout = 0 if busy else seconds and 1000 * seconds
-        events = dict(poller.poll(timeout))
+        made = [nursery.prepare() for nursery in nurseries]
+        timeout = None if room.spaces else 1000 * WATCH_SECONDS
+        events = dict(poller.poll(0 if any(made) else timeout))
         if trainer in events:
             return
         now = time.monotonic()
         if not room.spaces and now - watched >= WATCH_SECONDS:
             watched = now
             _watch_all(room.root)
-        for descriptor, nursery in nurseries.items():
-            if descriptor in events and not nursery.listen():
+        for nursery in nurseries:
+            if nursery.control.fileno() in events and not nursery.listen():
                 return
-        busy = False
-        for nursery in nurseries.values():
-            more = nursery.work()
-            busy = busy or more
 
 
 def _import():
@@ -691,10 +679,8 @@ class Inside:
             try:
                 layer(videos)
             except (OSError, KeyError, AttributeError) as error:
-                if getattr(error, "errno", None) == errno.EMFILE:
-                    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-                    why = f"only {most} files may be open (ulimit -n)"
-                    raise OSError(f"{why}: raise the limit") from error
+                if getattr(error, "errno", None) in FEW:
+                    raise OSError(too_few_descriptors()) from error
                 missing.append(f"{name} ({error})")
         return missing
 

@@ -8,47 +8,11 @@ and such a line is dropped.
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
 from data import DataError
-from engine.run import check_bounds, leader, open_folder, versions
-
-LEAST = dict(  # of a setting
-    questions=1,
-    k=1,
-    batch_size=1,
-    max_turns=1,
-    max_new_tokens=1,
-    max_context=1,
-    max_images=0,
-    temperature=0,
-    top_p=0.01,
-    top_k=0,
-    timeout=0.1,
-)
-COMPLETE = re.compile(r'"repeat": \d+}$')  # how a line of rollouts.jsonl ends
-
-
-def read_json(file: Path | str) -> dict:
-    """The object that a JSON file holds; {} where there is none."""
-    try:
-        found = json.loads(Path(file).read_text("utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    aside = file.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
-
-
-def check(config) -> None:
-    """Hold an evaluation's settings against what they may be. Raises DataError."""
-    check_bounds(config, LEAST)
+from engine.report import as_text, read_lines
+from engine.run import append, leader, open_folder, read_json, versions, write_whole
 
 
 def newest(task: str, frames: str, any_data: bool) -> str:
@@ -111,10 +75,7 @@ class Lines:
         self.file = file
         self.held = {}
         if leader():
-            texts = []
-            if file.exists() and not fresh:
-                texts = file.read_text("utf-8").split("\n")
-            self.hold([json.loads(text) for text in texts if COMPLETE.search(text)])
+            self.hold([] if fresh else read_lines(file))
             write_whole(file, as_text(self.in_order()))
 
     def hold(self, lines: list[dict]) -> None:
@@ -126,14 +87,8 @@ class Lines:
         """Remember further lines and append them to the file, at once."""
         if leader():
             self.hold(lines)
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(as_text(lines))
+            append(self.file, lines)
 
     def in_order(self) -> list[dict]:
         """The lines in order of (index, repeat)."""
         return [self.held[place] for place in sorted(self.held)]
-
-
-def as_text(lines: list[dict]) -> str:
-    """Dicts as JSON lines."""
-    return "".join(json.dumps(line) + "\n" for line in lines)

@@ -20,6 +20,8 @@ Shapes: B sequences, T tokens, N packed tokens, A action tokens, V vocabulary, G
 prompts, Hk key heads, D head size.
 """
 
+import ctypes
+import functools
 import types
 from dataclasses import dataclass
 from itertools import accumulate
@@ -34,7 +36,18 @@ from engine.parallel import sharded
 
 HEAD_LOGITS = 2**26  # logits that exist at a time in training: 440 tokens of V = 152k
 FEED_TOKENS = 8_192  # tokens of one forward in generation
+KEEP = ((-4, 0), (-1, 2**31 - 1))  # of mallopt: M_MMAP_MAX and M_TRIM_THRESHOLD
 ROOM = 64  # tokens that a cache has to spare, and half of what it had, when it grows
+
+
+def keep_memory():
+    """Let the C library keep the memory of freed tensors for the next ones.
+
+    It gives large ones back, and new pages took an eighth of an update on a CPU.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # not every C library has it
+    for option in KEEP if set_option else ():
+        set_option(*option)
 
 
 # ------------------------------------------------------------------------- how packed tokens attend
@@ -46,6 +59,7 @@ class Lengths:
         self.longest = max(counts)
         bounds = [0, *accumulate(counts)]
         self.cumulative = torch.tensor(bounds, dtype=torch.int32, device=device)
+        self.each = self.cumulative.diff()
 
 
 class Cache:
@@ -76,20 +90,19 @@ class Cache:
 
         key, value = (kept[rows] for kept in self.layers[layer])
         count, capacity = key.shape[:2]
-        number = torch.arange(count + 1, dtype=torch.int32, device=query.device)
         out, lse = varlen_attention(
             query,
             key.flatten(0, 1),
             value.flatten(0, 1),
             queries.cumulative,
-            number * capacity,
+            even(count, capacity, query.device),
             queries.longest,
             used.longest,
             return_aux=AuxRequest(lse=True),
             scale=scale,
             window_size=window,
             enable_gqa=True,
-            seqused_k=used.cumulative.diff(),
+            seqused_k=used.each,
         )
         return out.transpose(0, 1), lse
 
@@ -99,6 +112,12 @@ class Cache:
             for kept in pair:
                 kept[a + b] = kept[b + a]
         swap(self.used, a, b)
+
+
+@functools.lru_cache(4)  # attention knows what it has seen by the tensor
+def even(count: int, length: int, device):
+    """Bounds (count + 1,) of sequences of equal length."""
+    return torch.arange(count + 1, dtype=torch.int32, device=device) * length
 
 
 def swap(items: list, a: list, b: list):
@@ -339,6 +358,8 @@ class FastPolicy:
         self.forget()
         # The two functions above become methods of the model here and nowhere else. FSDP gathers a
         # module's own parameters (embedding, norm, head) only around methods that it knows of.
+        if policy.device.type == "cpu":
+            keep_memory()
         register()
         policy.model.set_attn_implementation({"text_config": "packed"})
         policy.model.hidden = types.MethodType(hidden, policy.model)

@@ -125,10 +125,9 @@ class Figures:
         if width * height <= room:
             return width, height
         scale = (room / (width * height)) ** 0.5
-        new_width = max(int(width * scale), 1)
-        new_height = max(int(height * scale), 1)
-        longest = (MAX_ASPECT - 1) * min(new_width, new_height)
-        return min(new_width, longest), min(new_height, longest)
+        sides = [max(int(side * scale), 1) for side in (width, height)]
+        longest = (MAX_ASPECT - 1) * min(sides)
+        return tuple(min(side, longest) for side in sides)
 
     def draw(self, figure):
         """Show a matplotlib figure and close it."""

@@ -26,11 +26,8 @@ def bootstrap(summary: Callable, samples: list[Sample], scores, seed: int = 0) -
     units = [getattr(sample, "unit", place) for place, sample in enumerate(samples)]
     names, unit = np.unique(units, return_inverse=True)
     size = len(names)
-    counts = [np.ones(size)]
-    for _ in range(DRAWS):
-        drawn = rng.integers(0, size, size)
-        counts.append(np.bincount(drawn, minlength=size))
-    weights = np.array(counts)[:, unit]  # (1 + D, n)
+    drawn = rng.multinomial(size, np.full(size, 1 / size), DRAWS)  # (D, units)
+    weights = np.vstack([np.ones(size), drawn])[:, unit]  # (1 + D, n)
     found = [summary(samples, np.array(repeat), weights) for repeat in scores]
     parts = {}
     for name in found[0]["scores"]:

@@ -20,7 +20,6 @@ import inspect
 import json
 import os
 import re
-import resource
 import select
 import signal
 import socket
@@ -36,7 +35,7 @@ from engine import confine, figures, session
 from engine.session import PRINTED_BYTES
 
 START = 120  # seconds until a child is there
-WAITING = 4  # children that wait for inputs, at least
+PAUSE = 0.3  # seconds, where there is no process or descriptor to be had for a moment
 MOST_WAITING = 128  # at 5 MiB each
 READS = """/lib /lib64 /usr/lib /usr/lib64 /usr/local/lib /nix/store /usr/share/fonts
 /usr/local/share/fonts /etc/fonts /usr/share/zoneinfo /etc/localtime /etc/alternatives
@@ -72,13 +71,6 @@ module.serve(*sys.argv[1:])
 
 
 _pidfd_signal = getattr(signal, "pidfd_send_signal", None)
-
-
-def too_few_descriptors() -> str:
-    """What to say where descriptors are short (errno EMFILE)."""
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    why = f"this process may open only {most} files (ulimit -n), and each sandbox takes two"
-    return f"{why}: raise the limit, or use fewer sandboxes at once"
 
 
 class Child:
@@ -153,7 +145,7 @@ class Pool:
         self.server = None
         self.lock = threading.RLock()
         self.control = []  # sockets to it, for children without and with videos
-        self.waiting = [0, 0]  # children that wait or are being made
+        self.asked = set()  # those of them on which a child is on its way
 
     def warm(self, count: int, videos: bool = False) -> None:
         """Have `count` children wait, at most MOST_WAITING. Returns at once.
@@ -161,54 +153,58 @@ class Pool:
         videos: for inputs with videos or without.
         """
         with suppress(OSError):  # whoever takes one is told
-            self._ask(min(count, MOST_WAITING), videos)
+            self._control(videos).send(bytes([min(count, MOST_WAITING)]))
 
     def take(self, videos: bool) -> Child:
         """A child that waited. OSError, EOFError, ValueError: why there is none."""
         with self.lock:
             try:
-                self._ask(WAITING + 1, videos)  # more than we take: some are always prepared
-                control = self.control[videos]
+                control = self._control(videos)
+                if control not in self.asked:  # the first one of its kind
+                    control.send(bytes([confine.TAKE]))
+                    self.asked.add(control)
                 message, descriptors, _, _ = socket.recv_fds(control, 4096, 2)
                 if not message:
                     raise ConnectionError("its forking process ended")
-                self.waiting[videos] -= 1
-                control.send(b"t")  # taken: the next one may be handed over
+                with suppress(OSError):  # the next one is handed over while this one is used
+                    control.send(bytes([confine.TAKE]))
                 child = json.loads(message)
-            except (OSError, ValueError, EOFError) as problem:
+            except (OSError, ValueError) as problem:
                 server = self.server
                 self.server = None
                 if server is not None and isinstance(problem, ConnectionError):
                     raise EOFError(_last_words(server)) from problem
                 raise
         if isinstance(child, str):  # it cannot be made
+            time.sleep(PAUSE)  # before it is tried again
             raise OSError(child)
         number, scratch, count = child
         if len(descriptors) != count:  # the kernel dropped what we may not open
             for descriptor in descriptors:
                 os.close(descriptor)
-            raise OSError(errno.EMFILE, too_few_descriptors())
+            raise OSError(errno.EMFILE, confine.too_few_descriptors())
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)
         process = descriptors[1] if count == 2 else number
         return Child(socket.socket(fileno=descriptors[0]), process, scratch)
 
-    def _ask(self, count, videos):
-        """Have `count` children wait or be made; start the forking process where there is none."""
+    def _control(self, videos):
+        """The socket for requests (Nursery.listen in engine/confine.py).
+
+        The forking process is started where there is none.
+        """
         with self.lock:
             if self.server is None or self.server.poll() is not None:
                 self.server = None
                 self._launch()
-            more = count - self.waiting[videos]
-            if more > 0:
-                self.control[videos].send(b"f" * more)
-                self.waiting[videos] = count
+            return self.control[videos]
 
     def _launch(self):
         """Start the forking process by exec, in a session that no Ctrl-C reaches."""
         _fill_standard_streams()
         with ExitStack() as theirs:
             self.control = []
+            self.asked = set()
             descriptors = []
             for _ in range(2):
                 ours, their_end = socket.socketpair(socket.AF_UNIX, KIND)
@@ -230,7 +226,6 @@ class Pool:
                 pass_fds=descriptors,
                 start_new_session=True,
             )
-        self.waiting = [0, 0]
         with suppress(BrokenPipeError), self.server.stdin as source:
             source.write(_program())
 

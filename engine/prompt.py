@@ -5,6 +5,8 @@ hundred tokens. An image is in the context *and* in the Python session, a video 
 the policy pays for what it looks at.
 """
 
+import copy
+import functools
 import json
 import re
 from pathlib import Path
@@ -23,6 +25,10 @@ AGENT_PROMPT = (
     "To run code, write\n<code>\n```python\nyour code\n```\n</code>\nand read what comes back. "
     "Look as often as you need. To answer, write\n" + ANSWER_FORMAT
 )
+IMAGE = "image_clue_{} (PIL image, width {}, height {})"
+VIDEO = """video_clue_{number} (decord VideoReader, width {width}, height {height}, \
+{frames} frames, {rate}; video_clue_{number}[i].asnumpy() is frame i)"""
+MARK = re.compile(r"(?:<(?:image|video)_clue_\d+>)?<(image|video)>(?:</(?:image|video)_clue_\d+>)?")
 BUILT_IN = {"direct": DIRECT_PROMPT, "image": AGENT_PROMPT, "video": AGENT_PROMPT}
 
 
@@ -48,70 +54,55 @@ def load_templates(path: str | Path) -> dict[str, str] | None:
 
 def _frame_rate(path: str) -> str:
     """A video's frame rate in words: average and what the session says, where they differ."""
-    fps = f"{video_info(path)['fps']:.4g} fps"
+    fps = video_info(path)["fps"]
     gaps = np.diff(frame_times(path))
-    if len(gaps) == 0:
-        return fps
-    tolerance = max(0.1 * gaps.mean(), 0.002)  # containers round to milliseconds
-    if np.abs(gaps - gaps.mean()).max() <= tolerance:
-        return fps
+    if np.allclose(gaps, 1 / fps, rtol=0.1, atol=0.002):  # containers round to milliseconds
+        return f"{fps:.4g} fps"
     with open_video(path) as reader:
         average = reader.get_avg_fps()
-    return f"a variable rate of {fps} on average (get_avg_fps() says {average:.4g})"
+    return f"a variable rate of {fps:.4g} fps on average (get_avg_fps() says {average:.4g})"
 
 
-def _name_marks(text: str, kind: str) -> str:
-    """A text whose <image> or <video> marks became the names of what they stand for.
+def _name_marks(text: str) -> str:
+    """A text whose <image> and <video> marks became the names of what they stand for.
 
     A mark before the first word says nothing and is left out.
     """
-    pieces = re.split(rf"(?:<{kind}_clue_\d+>)?<{kind}>(?:</{kind}_clue_\d+>)?", text)
-    if len(pieces) == 1:
-        return text
-    named = pieces[0]
-    for number, piece in enumerate(pieces[1:]):
-        named += f"{kind}_clue_{number}{piece}" if named.strip() else piece
-    return named.strip()
+    named, *pieces = MARK.split(text)
+    kinds = pieces[::2]
+    for number, (kind, piece) in enumerate(zip(kinds, pieces[1::2], strict=True)):
+        if named.strip():
+            named += f"{kind}_clue_{kinds[:number].count(kind)}"
+        named += piece
+    return named.strip() if kinds else text
 
 
 def _facts(sample: Sample) -> dict[str, str]:
     """What the fields of a template stand for. Reads the headers of the media."""
-    sizes = []
     images = []
     videos = []
     for number, image in enumerate(sample.images):
-        width, height = image_size(image)
-        sizes.append((width, height))
-        images.append(f"image_clue_{number} (PIL image, width {width}, height {height})")
+        images.append(IMAGE.format(number, *image_size(image)))
     for number, video in enumerate(sample.videos):
-        info = video_info(video)
-        sizes.append((info["width"], info["height"]))
-        videos.append(
-            f"video_clue_{number} (decord VideoReader, width {info['width']}, height "
-            f"{info['height']}, {info['frames']} frames, {_frame_rate(video)}; "
-            f"video_clue_{number}[i].asnumpy() is frame i)"
-        )
-    width, height = sizes[0] if sizes else ("", "")
-    question = _name_marks(sample.question, "image")
-    return dict(
-        query=_name_marks(question, "video"),
-        width=str(width),
-        height=str(height),
-        image_info=", ".join(images),
-        video_info=", ".join(videos),
-        clues=", ".join(images + videos) or "nothing yet",
-    )
+        rate = _frame_rate(video)
+        videos.append(VIDEO.format(number=number, rate=rate, **video_info(video)))
+    clues = ", ".join(images + videos)
+    width, height = re.findall(r"(?:width|height) (\d+)", clues)[:2] or ("", "")  # of the first
+    return {
+        "{query}": _name_marks(sample.question),
+        "{width}": width,
+        "{height}": height,
+        "{image_info}": ", ".join(images),
+        "{video_info}": ", ".join(videos),
+        "{clues}": clues or "nothing yet",
+        "{{": "{",
+        "}}": "}",
+    }
 
 
 def _fill(text: str, facts: dict[str, str]) -> str:
     """A template with its fields filled in, once: what is filled in stays as it is."""
-
-    def value(match: re.Match) -> str:
-        if match[1]:
-            return facts.get(match[1], match[0])
-        return match[0][0]  # one brace of two
-
-    return re.sub(r"\{(\w+)\}|\{\{|\}\}", value, text)
+    return re.sub(r"\{\w+\}|\{\{|\}\}", lambda field: facts.get(field[0], field[0]), text)
 
 
 def _template(sample: Sample, templates: dict[str, str], direct: bool) -> str:
@@ -160,7 +151,7 @@ def messages(
                 content.append({"type": "image"})
                 shown += 1
             elif part:
-                text = _name_marks(part, "video") if own else _fill(part, facts)
+                text = _name_marks(part) if own else _fill(part, facts)
                 content.append({"type": "text", "text": text})
         chat.append({"role": message["role"], "content": content})
     functions = "" if direct else named_in_prompt(prelude)
@@ -182,23 +173,35 @@ def encode(tokenizer: object, messages: list[dict], after_action: bool) -> list[
     """
     # The template is filled with marks in place of texts, cut there, and encoded piece by piece.
     mark = "\ue000"
-    empty = [{"type": "text", "text": ""}]
-    before = [{"role": "user", "content": empty}, {"role": "assistant", "content": empty}]
-    chat = before + messages if after_action else messages
+    before = []
+    if after_action:
+        for role in ("user", "assistant"):
+            before.append({"role": role, "content": [{"type": "text", "text": ""}]})
+    chat = copy.deepcopy(before + messages)
     texts = [""]  # before the first mark there is no text of a message
-    marked = []
     for message in chat:
-        content = []
         for part in message["content"]:
             if "text" in part:
                 texts.append(part["text"])
-                part = {"type": "text", "text": mark}
-            content.append(part)
-        marked.append({**message, "content": content})
-    filled = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+                part["text"] = mark
+    filled = _fill_chat(tokenizer, json.dumps(chat))
     pieces = list(zip(texts, filled.split(mark), strict=True))
     ids = []
-    for text, piece in pieces[2:] if after_action else pieces:
-        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        ids += tokenizer(piece, add_special_tokens=False).input_ids
+    for text, piece in pieces[len(before) :]:
+        ids += _ids(tokenizer, text, split_special_tokens=True)
+        ids += _ids(tokenizer, piece)
     return ids
+
+
+@functools.lru_cache(64)
+def _fill_chat(tokenizer: object, chat: str) -> str:
+    """A chat template filled with marks: chats have few shapes, and a template takes its time."""
+    return tokenizer.apply_chat_template(
+        json.loads(chat), tokenize=False, add_generation_prompt=True
+    )
+
+
+@functools.lru_cache(512)
+def _ids(tokenizer: object, text: str, **settings) -> tuple[int, ...]:
+    """Ids of a piece. Most pieces are the same in every prompt and in every observation."""
+    return tuple(tokenizer(text, add_special_tokens=False, **settings).input_ids)

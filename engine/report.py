@@ -17,11 +17,13 @@ from pathlib import Path
 from PIL import Image
 
 from data import DataError
+from engine.batching import flat
 from engine.boxes import crops
 from engine.video import duration, frame_times, middle_frames, show_frames
 
 PAGE_BYTES = 64_000_000  # more than that a phone does not open
 PAGE = Path(__file__).parents[1] / "docs" / "report.html"  # DATA and DIGEST are filled in
+COMPLETE = re.compile(r'"repeat": \d+}$')  # how a record ends, as JSON
 STRIP = 12  # frames that are shown of a video
 PANELS = (
     "accuracy",
@@ -47,31 +49,38 @@ def thumbnail(image: Image.Image, side: int = 256) -> str:
 def looks(t, pictures: bool = False) -> dict:
     """Where in its videos a trajectory looked: frames that code decoded, or the context shows.
 
-    videos: for each the seconds of these frames, its length in seconds and, with `pictures`, at
-    most a dozen of them as [second, thumbnail].
+    videos: for each the seconds of these frames, the turns whose code decoded each (none for the
+    context's), its length in seconds and, with `pictures`, at most a dozen of the frames as
+    [second, thumbnail].
     """
     videos = []
     paths = [] if t.error else t.sample.videos
     uniform = t.prompt_images - len(t.sample.images)
     for number, path in enumerate(paths):
         try:
-            times = frame_times(path)
+            times = frame_times(path).astype(float).round(2).tolist()
             length = duration(path)
         except DataError:  # it vanished since
             continue
-        decoded = {frame for turn in t.turns for video, frame in turn.frames if video == number}
-        in_context = middle_frames(path, uniform // len(paths))
+        turns = {frame: [] for frame in middle_frames(path, uniform // len(paths))}
+        for place, turn in enumerate(t.turns, 1):
+            for frame in {frame for video, frame in turn.frames if video == number}:
+                turns.setdefault(frame, []).append(place)
         # The sandbox says which frames, and what runs there can say anything.
-        frames = sorted(decoded.union(in_context) & set(range(len(times))))
-        some = frames[:: (len(frames) + STRIP - 1) // STRIP or 1] if pictures else []
+        frames = sorted(turns.keys() & range(len(times)))
+        some = frames[:: len(frames) // STRIP + 1] if pictures else []
         try:
-            shown = zip(some, show_frames(path, some), strict=True)
-            shown = [[seconds(times[k]), thumbnail(image, 96)] for k, image in shown]
+            shown = [thumbnail(image, 96) for image in show_frames(path, some)]
         except DataError:  # the video breaks where the policy looked
             shown = []
-        looked = [seconds(times[k]) for k in frames]
-        videos.append(dict(looked=looked, seconds=length, shown=shown))
-    covered = [len({int(second) for second in video["looked"]}) for video in videos]
+        strip = dict(
+            looked=[times[frame] for frame in frames],
+            turns=[turns[frame] for frame in frames],
+            seconds=round(length, 2),
+            shown=[[times[frame], uri] for frame, uri in zip(some, shown, strict=False)],
+        )
+        videos.append(strip)
+    covered = [len(set(map(int, video["looked"]))) for video in videos]
     return dict(
         videos=videos,
         frames_looked_at=sum(len(video["looked"]) for video in videos),
@@ -79,15 +88,11 @@ def looks(t, pictures: bool = False) -> dict:
     )
 
 
-def seconds(time) -> float:
-    """A time in a video, in seconds to two decimals."""
-    return round(float(time), 2)
-
-
-def record(t, index: int = 0, repeat: int = 0, step: int | None = None, fate: str = "") -> dict:
+def record(t, index: int = 0, repeat: int = 0, step: int | None = None, trained=None) -> dict:
     """Trajectory -> plain values, pictures as thumbnails: all that results and page need.
 
-    index, repeat: of the question, and of its sample. step: of training. fate: what selection did.
+    index, repeat: of the question, and of its sample. step: of training. trained: was it trained
+    on? None where nothing is.
     """
     prompt = t.images[: len(t.sample.images)]
     sizes = [image.size for image in prompt]
@@ -120,7 +125,8 @@ def record(t, index: int = 0, repeat: int = 0, step: int | None = None, fate: st
         response_tokens=sum(t.action_mask),
         end_reason=t.end_reason.value,
         data_source=t.sample.data_source,
-        fate=fate,
+        broken=t.broken,
+        trained=trained,
         step=step,
         id=t.sample.id,
         index=index,
@@ -128,48 +134,43 @@ def record(t, index: int = 0, repeat: int = 0, step: int | None = None, fate: st
     )
 
 
+def as_text(lines: list[dict]) -> str:
+    """Dicts as JSON lines."""
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The whole records of a file of JSON lines: a kill may cut the last. [] without a file."""
+    texts = file.read_text("utf-8").split("\n") if file.exists() else []
+    return [json.loads(text) for text in texts if COMPLETE.search(text)]
+
+
 def step_records(groups: list[list], kept: list[list], step: int) -> list[dict]:
-    """Records of all that a step sampled, with what became of each."""
-    trained = {id(t) for group in kept for t in group}
+    """Records of all that a step sampled. kept: the groups that were trained on."""
+    trained = {id(t) for t in flat(kept)}
     records = []
     for index, group in enumerate(groups):
         for repeat, t in enumerate(group):
-            if id(t) in trained:
-                fate = "trained on"
-            elif t.broken:
-                fate = "broken"
-            elif t.advantage is None:
-                fate = "nothing to learn from its group"
-            else:
-                fate = "outranked"
-            records.append(record(t, index, repeat, step, fate))
+            records.append(record(t, index, repeat, step, id(t) in trained))
     return records
 
 
-def write_report(path: Path, records: list, title: str, history: list[dict] = ()) -> None:
-    """One self-contained HTML page of records or trajectories; an even share, if all are too much.
+def write_report(path: Path, records: list[dict], title: str, history: list[dict] = ()) -> None:
+    """One self-contained HTML page of records; an even share of them, if all are too much.
 
     history: records of the same questions at several steps, which the page shows side by side.
     """
-    numbers = {}  # of the samples
-    lines = []
-    for t in records:
-        if not isinstance(t, dict):
-            index = numbers.setdefault(id(t.sample), len(numbers))
-            t = record(t, index, len(lines))
-        lines.append(t)
-    size = len(json.dumps([lines, list(history)]))
-    stride = 1 + size // PAGE_BYTES
+    stride = 1 + len(json.dumps([records, history])) // PAGE_BYTES
     if stride > 1:
         title += f" (one question of {stride}: more do not fit)"
-    content = {
-        "title": title,
-        "trajectories": share(lines, stride),
-        "history": share(history, stride),
-    }
+    content = dict(
+        title=title,
+        trajectories=share(records, stride),
+        history=share(history, stride),
+    )
     data = json.dumps(content).replace("<", "\\u003c")
     page = PAGE.read_text("utf-8")
-    script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
+    script = page.rpartition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = page.replace("DIGEST", digest).replace("DATA", data)
     Path(path).write_text(page, encoding="utf-8")
@@ -177,12 +178,8 @@ def write_report(path: Path, records: list, title: str, history: list[dict] = ()
 
 def share(records: list[dict], stride: int) -> list[dict]:
     """One question of `stride` with all its trajectories; one record, where questions are few."""
-    places = {}
-    for line in records:
-        places.setdefault(line["index"], len(places))
-    if len(places) < stride:
-        return records[::stride]
-    return [line for line in records if places[line["index"]] % stride == 0]
+    some = [line for line in records if line["index"] % stride == 0]
+    return some if len(some) < len(records) else records[::stride]
 
 
 def curves(path: Path, rows: list[dict]) -> None:
@@ -193,26 +190,23 @@ def curves(path: Path, rows: list[dict]) -> None:
     from matplotlib import pyplot
 
     known = set().union(*rows)
-    lines = {}
+    panels = {}
     for name in PANELS:
         keys = {name: "-", f"eval_{name}": "o-", f"eval_{name}_greedy": "s--"}
-        lines[name] = {key: style for key, style in keys.items() if key in known}
-    names = [name for name in PANELS if lines[name]]
-    columns = min(4, len(names)) or 1
-    height = math.ceil(len(names) / columns) or 1
-    size = (3.4 * columns, 2.8 * height)
-    figure, axes = pyplot.subplots(
-        height, columns, figsize=size, layout="constrained", squeeze=False
-    )
-    for axis, name in zip(axes.flat, names, strict=False):
-        for key, style in lines[name].items():
+        lines = {key: style for key, style in keys.items() if key in known}
+        if lines:
+            panels[name] = lines
+    columns = min(4, len(panels)) or 1
+    height = math.ceil(len(panels) / columns) or 1
+    figure = pyplot.figure(figsize=(3.4 * columns, 2.8 * height), layout="constrained")
+    for place, (name, lines) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(height, columns, place)
+        for key, style in lines.items():
             some = [row for row in rows if key in row]
             steps = [row["step"] for row in some]
             values = [row[key] for row in some]
             axis.plot(steps, values, style, ms=4, lw=1, label=key.replace("_", " "))
         axis.set(xlabel="step", title=name.replace("_", " "))
         axis.legend(fontsize=7)
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

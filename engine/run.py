@@ -12,7 +12,9 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -32,8 +35,9 @@ from engine.checkpoint import FullDisk
 from engine.flags import parse_flags, stop
 from engine.judge import open_judge
 from engine.prelude import read_prelude
-from engine.report import curves, record, step_records, write_report
+from engine.report import as_text, curves, read_lines, record, step_records, write_report
 
+LOGGED = 8  # pictures of a trajectory that a tracker gets
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib", "av")
 WIDTH = 100  # columns of the terminal
 SHOWN = dict(  # what one wants to see of a step, by stage, and what it is called there
@@ -50,17 +54,21 @@ EXPECTED = dict(  # regular expressions of what a setting may be
     task="image|video|image,video|video,image",
     frames=r"|[1-9]\d*|(\d+\.?\d*|\.\d+)fps",
 )
-LEAST = dict(  # of a setting
+LEAST = dict(  # of a setting of train.py or evaluate.py
     group_size=2,  # one trajectory has no group's mean to differ from
     steps=1,
+    questions=1,
+    k=1,
     batch_size=1,
     oversample=1,
     max_turns=1,
     max_new_tokens=1,
+    max_context=1,
+    max_images=0,
     minibatches=1,
     keep=1,
     tokens_per_microbatch=1,
-    temperature=0.01,
+    temperature=0,
     top_p=0.001,
     top_k=0,
     timeout=0.001,
@@ -86,6 +94,15 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
+def reach_judge(config):
+    """The judge, or None. Says so where it cannot be reached."""
+    judge = open_judge(config)
+    if judge and leader() and not judge.reachable():
+        why = judge.last_error.strip()
+        say(f"warning: the judge cannot be reached ({why}): the rule decides alone")
+    return judge
+
+
 def greet(config, samples, held) -> None:
     """Say what is going to happen, before anything slow, and which setting does nothing here."""
     data = f"{config.data}, {len(samples)} rows" if config.data else f"puzzles, {config.task}"
@@ -99,10 +116,7 @@ def greet(config, samples, held) -> None:
         say("note     --data without --model trains the tiny policy, no model for photographs")
     if config.offload and not torch.cuda.is_available():
         say("note     --offload does nothing: there is no GPU whose memory it could spare")
-    judge = open_judge(config) if leader() else None
-    if judge and not judge.reachable():
-        why = judge.last_error.strip()
-        say(f"warning: the judge cannot be reached ({why}): the rule decides alone")
+    reach_judge(config)
 
 
 @contextmanager
@@ -130,7 +144,8 @@ def interrupted(*_) -> None:
 
     So the process ends here. Its sandboxes end with it, and checkpoints are complete or absent.
     """
-    os.write(2, b"stopped; the same command goes on (train.py: with --resume)\n")
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once, and not once a process
+        os.write(2, b"stopped; the same command goes on (train.py: with --resume)\n")
     os._exit(130)
 
 
@@ -161,32 +176,30 @@ def settle(cls: type, argv, laptop):
 
 def earlier(cls: type, out: Path):
     """The settings of the run in `out`. Raises DataError where there is none to go on with."""
-    try:
-        saved = json.loads((out / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", "") or "it is not JSON"
-        raise DataError(f"--resume: no run to go on with in {out}: config.json: {why}") from None
+    saved = read_json(out / "config.json")
+    if not saved:
+        raise DataError(f"--resume: no run to go on with in {out}: it has no whole config.json")
     known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
     return cls(**{**known, "out": str(out), "resume": True})
 
 
 def check(config) -> None:
     """Hold a run's settings against what they may be. Raises DataError."""
-    check_bounds(config, LEAST)
+    check_bounds(config, temperature=0.01)  # the gradient is of the sampled distribution
     tracker = config.tracker
     if tracker and importlib.util.find_spec(tracker) is None:
         raise DataError(f"--tracker {tracker} is not installed: pip install {tracker}")
 
 
-def check_bounds(config, least: dict) -> None:
-    """Hold settings against EXPECTED and lower bounds; None comes later. Raises DataError."""
+def check_bounds(config, **least) -> None:
+    """Hold settings against EXPECTED, LEAST and `least`; None comes later. Raises DataError."""
     read_prelude(config.prelude)
     for name, pattern in EXPECTED.items():
         value = getattr(config, name)
         if not re.fullmatch(pattern, value):
             raise DataError(f"--{name} {value}: expected {pattern}")
-    for name, bound in least.items():
-        value = getattr(config, name)
+    for name, bound in {**LEAST, **least}.items():
+        value = getattr(config, name, None)
         if value is not None and not value >= bound:
             raise DataError(f"--{name} {value}: must be at least {bound}")
 
@@ -207,19 +220,34 @@ def open_folder(out: Path) -> None:
 
 def versions() -> dict:
     """Versions of Python and of what computes, and the commit of this code, where known."""
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty"]
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    describe = shlex.join(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    )
+    failed, commit = subprocess.getstatusoutput(describe)
+    return dict(found, python=platform.python_version(), commit=None if failed else commit)
+
+
+def read_json(file: Path | str) -> dict:
+    """The object that a JSON file holds; {} where there is none."""
     try:
-        found["commit"] = subprocess.check_output(command, cwd=here, stderr=-3, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        found["commit"] = None
-    return found
+        found = json.loads(Path(file).read_text("utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    aside = file.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
+
+
+def append(file: Path, lines: list[dict]) -> None:
+    """Add JSON lines to a file, at once."""
+    with open(file, "a", encoding="utf-8") as opened:
+        opened.write(as_text(lines))
 
 
 # ------------------------------------------------------------------------------------- the terminal
@@ -269,8 +297,8 @@ class Progress:
                 words.append(f"{name} {metrics[key]:.2f}")
         seconds = metrics["seconds_rollout"] + metrics["seconds_update"]
         elapsed = time.monotonic() - self.began
-        left = int(elapsed * max(0.0, self.total / self.done - 1))
-        words.append(f"{seconds:.1f} s  {left // 60}:{left % 60:02} left")
+        left = tqdm.format_interval(elapsed * max(0.0, self.total / self.done - 1))
+        words.append(f"{seconds:.1f} s  {left} left")
         return "  ".join(words)[:WIDTH]
 
 
@@ -294,12 +322,9 @@ class Journal:
         self.judged.clear()  # of the evaluation before the first step
         self.progress.skip(self.part, max((row["step"] for row in self.rows), default=0))
         if leader():
-            settings = json.dumps({**asdict(self.config), "versions": versions()}, indent=1)
-            rows = "".join(json.dumps(row) + "\n" for row in self.rows)
-            for name, text in {"config.json": settings + "\n", "metrics.jsonl": rows}.items():
-                unfinished = self.out / "unfinished.txt"
-                unfinished.write_text(text)
-                unfinished.rename(self.out / name)
+            settings = dict(asdict(self.config), versions=versions())
+            write_whole(self.out / "config.json", json.dumps(settings, indent=1) + "\n")
+            write_whole(self.out / "metrics.jsonl", as_text(self.rows))
             if self.config.tracker:
                 self.track, self.finish = tracker(self.config)
 
@@ -318,12 +343,13 @@ class Journal:
         if gap > 0.01:
             say(f"warning: rollout and update disagree on log-probs by {gap:.3f} on average")
         if leader():
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(metrics) + "\n")
+            append(self.out / "metrics.jsonl", [metrics])
+            seen = groups[0][0].images[:LOGGED] if pictures else []
             if pictures:
                 self.draw(groups, kept)
             if self.track:
-                self.track(metrics, pictures)
+                looks = [(f"look_{number}", image) for number, image in enumerate(seen)]
+                self.track(metrics, pictures, looks)
         self.judged.clear()
         self.check(kept)
 
@@ -337,23 +363,18 @@ class Journal:
     def remember(self, step: int, held: list) -> None:
         """Keep how the held-out questions were answered at a step, for the page."""
         if leader():
-            with open(self.out / "heldout.jsonl", "a" if step else "w") as file:
-                for index, t in enumerate(held):
-                    file.write(json.dumps(record(t, index, 0, step)) + "\n")
+            file = self.out / "heldout.jsonl"
+            if not step:
+                file.unlink(missing_ok=True)
+            append(file, [record(t, index, 0, step) for index, t in enumerate(held)])
 
     def draw(self, groups: list, kept: list) -> None:
         """curves.png and rollouts.html as they are now."""
         step = self.rows[-1]["step"]
-        heldout = self.out / "heldout.jsonl"
-        lines = heldout.read_text().splitlines() if heldout.exists() else []
-        history = {}  # a resumed run may have answered again
-        for line in map(json.loads, lines):
-            if line["step"] <= step:
-                history[line["step"], line["id"]] = line
+        history = read_lines(self.out / "heldout.jsonl")
         records = step_records(groups, kept, step)
         curves(self.out / "curves.png", self.rows)
-        page = self.out / "rollouts.html"
-        write_report(page, records, f"{self.out.name}, step {step}", list(history.values()))
+        write_report(self.out / "rollouts.html", records, f"{self.out.name}, step {step}", history)
 
     def check(self, kept: list) -> None:
         """End a run that goes nowhere."""
@@ -381,7 +402,10 @@ class Journal:
 
 
 def tracker(config):
-    """How to log to the package that --tracker names: log(metrics, pictures), and finish()."""
+    """How to log to the package that --tracker names: log(metrics, drawn, looks), and finish().
+
+    drawn: is curves.png new? looks: (name, PIL image) pairs, of what a policy saw.
+    """
     curves_png = str(Path(config.out, "curves.png"))
     if config.tracker == "tensorboard":
         from matplotlib.image import imread
@@ -389,23 +413,27 @@ def tracker(config):
 
         writer = SummaryWriter(config.out)
 
-        def log(metrics, pictures):
+        def log(metrics, drawn, looks=()):
+            step = metrics["step"]
             for key, value in metrics.items():
-                writer.add_scalar(key, value, metrics["step"])
-            if pictures:
-                image = imread(curves_png)
-                writer.add_image("curves", image, metrics["step"], dataformats="HWC")
+                writer.add_scalar(key, value, step)
+            images = [*looks, ("curves", imread(curves_png))] if drawn else looks
+            for key, image in images:
+                writer.add_image(key, np.asarray(image), step, dataformats="HWC")
             writer.flush()
 
         return log, writer.close
     package = importlib.import_module(config.tracker)  # wandb and trackio share these calls
     about = dict(project="pyvision-rl", name=config.name, config=asdict(config), resume="allow")
     if config.tracker == "wandb":
-        about["id"] = config.name
+        about.update(id=config.name, dir=config.out)
     package.init(**about)
 
-    def log(metrics, pictures):
-        shown = {"curves": package.Image(curves_png)} if pictures else {}
-        package.log({**metrics, **shown}, step=metrics["step"])
+    def log(metrics, drawn, looks=()):
+        shown = {key: package.Image(image) for key, image in looks}
+        if drawn:
+            shown["curves"] = package.Image(curves_png)
+        values = {key: value for key, value in metrics.items() if key != "step"}
+        package.log({**values, **shown}, step=metrics["step"])
 
     return log, package.finish

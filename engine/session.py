@@ -119,13 +119,15 @@ class Session:
             "sizes": self.figures.sizes,
         }
         text = json.dumps(reply).encode()
-        self.send(b"".join([JSON_SIZE.pack(len(text)), text, *self.figures.pixels]))
+        self.send(JSON_SIZE.pack(len(text)) + text, *self.figures.pixels)
 
-    def send(self, body: bytes):
-        """Write one message to the trainer."""
-        message = memoryview(HEADER.pack(self.call, len(body)) + body)
-        while message:
-            message = message[os.write(self.descriptor, message) :]
+    def send(self, start: bytes, *pixels: bytes):
+        """Write one message to the trainer. Pixels are many, and are not copied for it."""
+        size = len(start) + sum(map(len, pixels))
+        for part in (HEADER.pack(self.call, size) + start, *pixels):
+            rest = memoryview(part)
+            while rest:
+                rest = rest[os.write(self.descriptor, rest) :]
 
     def _run(self, code, seconds):
         """Run code in the namespace; the traceback of what it raised, or an empty text."""

@@ -174,25 +174,31 @@ def _row(benchmark, record, file, media):
     """A record of a file -> Row. Raises what BAD_RECORD names."""
     record = benchmark.prepare(record, file)
     name, question, answer = (x.format(**record).strip() for x in benchmark.fields.split(" | "))
-    texts = zip("ABCDEFGH", record.get("options") or (), strict=False)
-    options = {letter: re.sub(rf"^{letter}\. *", "", str(text)) for letter, text in texts}
+    texts = record.get("options") or ()
+    options = {}
+    for letter, text in zip("ABCDEFGH", texts, strict=False):
+        options[letter] = re.sub(rf"^{letter}\. *", "", str(text))
     if options and answer not in options:
         raise DataError(f"the answer {answer!r} is none of the options {', '.join(options)}")
     # Options that the question lists, or that only repeat the letters, are not shown again.
-    if choices(question) != options and list(options) != list(options.values()):
+    only_letters = list(options) == list(options.values())
+    if choices(question) != options and not only_letters:
         question += "".join(f"\n({letter}) {text}" for letter, text in options.items())
-    images = [record[key] for key in benchmark.images.split()]
+    files = [record[key] for key in benchmark.images.split()]
+    images = [_path(image, file, media) for image in files if image]
+    videos = [_path(record["video"], file, media)] if record.get("video") else []
+    question += record.get("form", "")
+    unit = benchmark.unit.format(**{"id": name, **record})
     row = Row(
         name,
-        question + record.get("form", ""),
+        question,
         answer,
-        images=tuple(_path(image, file, media) for image in images if image),
+        tuple(images),
+        tuple(videos),
         data_source=record.get("data_source", ""),
         meta=record | {"options": options},
-        unit=benchmark.unit.format(**{"id": name, **record}),
+        unit=unit,
     )
-    if record.get("video"):
-        row.videos = (_path(record["video"], file, media),)
     # A field that the summary misses is an error now, and not after the run.
     benchmark.summary([row], np.zeros(1), np.ones((1, 1)))
     return row
@@ -505,11 +511,9 @@ def _wemath_summary(rows, scores, weights):
     three steps.
     """
     problems = {}  # (steps, ID): {part: place of its row}
-    steps = {}  # S1, S2, S3: places of rows
     for place, row in enumerate(rows):
         count, part = row.meta["key"].split("steps_")
         problems.setdefault((int(count), row.meta["ID"]), {})[part] = place
-        steps.setdefault(f"S{count}" if part == "multi" else "S1", []).append(place)
     right = scores >= 0.5
     wholes = []  # places of the wholes of problems of which no row is missing
     share = []  # of their parts that are right
@@ -520,19 +524,23 @@ def _wemath_summary(rows, scores, weights):
     share = np.array(share)
     whole = right[wholes]
     drawn = weights[:, wholes]  # the script divides by 525, which no subset has
-    ik = _weighted(~whole & (share < 1), drawn)
-    ig = _weighted(~whole & (share == 1), drawn)
-    result = {}
+    ig = ~whole & (share == 1)
+    result = {
+        "IK": _weighted(~whole & (share < 1), drawn),
+        "IG": _weighted(ig, drawn),
+    }
     for name, mastered in (("strict", share == 1), ("loose", share > 0)):
-        cm = _weighted(whole & mastered, drawn)
-        rm = _weighted(whole & ~mastered, drawn)
-        result[name] = cm + ig / 2
-        result[f"CM {name}"] = cm
-        result[f"RM {name}"] = _weighted(np.array([0, 1]), np.stack([cm, rm], 1))
-    result |= {"IK": ik, "IG": ig}
-    for name in sorted(steps):
-        result[name] = _weighted(scores, weights, steps[name])
+        cm = whole & mastered
+        result[name] = _weighted(cm + ig / 2, drawn)
+        result[f"CM {name}"] = _weighted(cm, drawn)
+        result[f"RM {name}"] = _weighted(~mastered, drawn * whole)  # of the wholes that are right
+    result |= _percents(rows, scores, weights, "{step}")
     return {"score": result["strict"], "scores": result}
+
+
+def _wemath_record(record, file):
+    steps, part = record["key"].split("steps_")
+    return record | {"step": f"S{steps}" if part == "multi" else "S1"}
 
 
 def _dynamath_record(record, file):
@@ -711,6 +719,7 @@ BENCHMARKS = {
         _by_words,
         _wemath_summary,
         fields="{ID} {key} | {question}\n{option} | {answer}",
+        prepare=_wemath_record,
         images="image_path",
         unit="{ID}",
     ),

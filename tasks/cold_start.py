@@ -46,7 +46,8 @@ def stages(config, folder: Path):
     """A random tiny policy in `folder`, and (name, settings, samples) of each stage."""
     difficulty = read_difficulty(config.difficulty)
     tiny_policy(folder, corpus(config.task), config.seed)
-    common = dict(
+    sft = replace(
+        config,
         stage="sft",
         model=str(folder),
         out=str(folder),
@@ -59,6 +60,4 @@ def stages(config, folder: Path):
         if config.frames:  # no tool: lessons in seeing, then only the right answers
             samples = [s for s in samples if s.ability != "call"]
             samples = [replace(s, turns=[ANSWER.format(s.answer)]) for s in samples]
-        # A lesson in how to begin ends with its code, and has no answer to compare with.
-        samples = [replace(s, answer="") if s.ability == "call" else s for s in samples]
-        yield name, replace(config, **common, **settings), samples
+        yield name, replace(sft, **settings), samples

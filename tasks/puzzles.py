@@ -64,7 +64,6 @@ import zlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -187,7 +186,6 @@ class Difficulty:
     # Demonstrations.
     looks: tuple = (0.55, 0.15, 0.10, 0.10, 0.10)  # shares of 0, 1, ... looks
     aim: float = 0.65  # share of looks that go to the right place
-    recheck: float = 1.0  # share of further looks that repeat the one before
     slip: float = 0.03  # share of looks whose code fails
     # The video puzzle.
     clips: tuple = ("second", "second", "flash", "order", "count")  # of questions, equally often
@@ -198,13 +196,6 @@ class Difficulty:
     flash: float = 0.5  # seconds that a lamp stays lit
     # Captions.
     lessons: tuple = (0.4, 0.2, 0.4)  # shares of crops, whole pictures, questions to aim at
-
-
-class Look(NamedTuple):
-    """One look of a scripted searcher: its code, and what it sees."""
-
-    code: str
-    value: str | None  # None: the code fails, or the lamp is dark
 
 
 def _below(rng, n):
@@ -241,6 +232,12 @@ def _box(x, y, side):
     left = x - side // 2
     upper = y - side // 2
     return left, upper, left + side, upper + side
+
+
+def _square(x, y, side):
+    """The same as an index of pixels (height, width, 3)."""
+    left, upper, right, lower = _box(x, y, side)
+    return slice(upper, lower), slice(left, right)
 
 
 def _wave(direction, side, period, phase):
@@ -281,11 +278,9 @@ def _paint_plate(rng, d, kind, value, side):
     else:
         contrast = np.array(COLOURS[value]) - grey
         middle = side // 2
-        left, upper, right, lower = _box(middle, middle, d.ring)
         rim_area = d.ring**2 - d.chip**2
-        patch[upper:lower, left:right] -= d.balance * contrast * d.chip**2 / rim_area
-        left, upper, right, lower = _box(middle, middle, d.chip)
-        patch[upper:lower, left:right] = grey + contrast
+        patch[_square(middle, middle, d.ring)] -= d.balance * contrast * d.chip**2 / rim_area
+        patch[_square(middle, middle, d.chip)] = grey + contrast
     return patch.clip(0, 255).astype(np.uint8)
 
 
@@ -332,8 +327,8 @@ class Picture:
         for plate, value in enumerate(self.plates):
             x, y = _centre(d, plate)
             right, down = self.shift[plate]
-            left, upper, right, lower = _box(x + right, y + down, self.side)
-            pixels[upper:lower, left:right] = _paint_plate(rng, d, self.kind, value, self.side)
+            painted = _paint_plate(rng, d, self.kind, value, self.side)
+            pixels[_square(x + right, y + down, self.side)] = painted
         return Image.fromarray(pixels)
 
     def sample(self, name, d, folder=None) -> Sample:
@@ -341,15 +336,15 @@ class Picture:
         images = (self.paint(d),)
         return Sample(name, _question(self), self.answer, images, (), self.source, self.kind)
 
-    def look(self, rng, d) -> Look:
-        """A crop: of the plate asked about, of another one, or with code that fails."""
+    def look(self, rng, d) -> tuple:
+        """(code, what it shows): a crop of the plate asked about or of another, or a failure."""
         plate = self.asked - 1
         if rng.random() >= d.aim:
             plate = (plate + 1 + _below(rng, 8)) % 9
         box = _crop_box(d, plate)
         if rng.random() < d.slip:
-            return Look(TURNED_CROP.format(*box), None)
-        return Look(SHOW_CROP.format(*box), self.plates[plate])
+            return TURNED_CROP.format(*box), None
+        return SHOW_CROP.format(*box), self.plates[plate]
 
     def lesson(self, name, rng, d) -> Sample | None:
         """What a crop shows, or what the whole picture hints at; None: a look is to be learned."""
@@ -448,22 +443,20 @@ class Clip:
             frame = av.VideoFrame.from_ndarray(self.frame(d, colour), format="rgb24")
             planes[colour] = frame.to_ndarray(format="yuv420p")
         with av.open(str(path), "w", format="mp4") as file:
-            stream = file.add_stream("libx264", rate=self.fps)
-            stream.width = d.frame
-            stream.height = d.frame
-            stream.options = {
+            options = {
                 "preset": "ultrafast",
                 "crf": "23",
                 "g": str(6 * self.fps),  # frames from one that stands by itself to the next
                 "threads": "1",
             }
+            stream = file.add_stream("libx264", self.fps, options, width=d.frame, height=d.frame)
             for number in range(self.seconds * self.fps):
                 plane = planes[self.lit(number / self.fps)].copy()
                 x = number % (d.frame - 3)
                 y = number // 7 % (d.frame - 3)
                 plane[y : y + 3, x : x + 3] = 190
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(plane, format="yuv420p")))
-            file.mux(stream.encode(None))
+            file.mux(stream.encode())
 
     def path(self, d, folder=None) -> Path:
         """The clip's file, written if it is not there. Its name is a hash of what it shows.
@@ -491,29 +484,32 @@ class Clip:
         source = "vsi_numerical" if self.kind == "count" else self.source
         return Sample(name, _question(self), self.answer, (), videos, source, self.kind)
 
-    def look(self, rng, d) -> Look:
-        """A frame or a count: where the question aims, elsewhere, or with code that fails."""
+    def look(self, rng, d) -> tuple:
+        """(code, what it shows) of a frame or a count, also elsewhere, or a failure.
+
+        It shows None where the code fails or the lamp is dark.
+        """
         aimed = rng.random() < d.aim
         if rng.random() < d.slip:
             # At a second after the end there is no frame.
-            return Look(SHOW_SECOND.format(d.every * (self.seconds // d.every + 1)), None)
+            return SHOW_SECOND.format(d.every * (self.seconds // d.every + 1)), None
         if self.kind == "count" and aimed:
-            return Look(COUNT_FLASHES, self.answer)
+            return COUNT_FLASHES, self.answer
         if self.kind == "order" or (self.kind == "flash" and aimed):
             first = self.asked != "last"
             place = 0 if first == aimed else -1  # a look that misses goes to the other flash
             *_, colour = self.lights[place]
-            return Look(SHOW_FLASH.format(place), colour)
+            return SHOW_FLASH.format(place), colour
         second = self.asked
         if self.kind != "second" or not aimed:
             others = _others(range(d.every, self.seconds, d.every), self.asked)
             second = _pick(rng, others or [1])
         value = None if self.kind == "count" else self.lit(second)  # one frame is no count
-        return Look(SHOW_SECOND.format(second), value)
+        return SHOW_SECOND.format(second), value
 
     def lesson(self, name, rng, d) -> Sample | None:
         """What a frame shows, lit or dark; None: a look is to be learned."""
-        if rng.random() >= d.lessons[0] + d.lessons[1]:
+        if rng.random() >= sum(d.lessons[:2]):
             return None
         value = _pick(rng, (*NAMES, "dark"))
         question = ASK_CROP["lamp"] + _options("colour")
@@ -533,11 +529,6 @@ def _make_room(newest):
 TASKS = {"image": Picture, "video": Clip}
 
 
-def _held_out(scene):
-    """Whether a scene is held out: one in eight, whatever the seed. Its split is not set yet."""
-    return zlib.crc32(repr(vars(scene)).encode()) % 8 == 0
-
-
 def scenes(task: str, n: int, seed: int, split: str, use: str, **difficulty):
     """Yield (a sample's name, its scene, its random numbers, the Difficulty) n times.
 
@@ -555,24 +546,28 @@ def scenes(task: str, n: int, seed: int, split: str, use: str, **difficulty):
     for index in range(n):
         name = names[(seed + index) % len(names)]
         rng = default_rng((seed % 2**63, index, zlib.crc32(f"{name} {split} {use}".encode())))
-        scene = TASKS[name](rng, d)
-        while _held_out(scene) != (split == "heldout"):
+        found = None
+        while found != split:
             scene = TASKS[name](rng, d)
+            # One scene in eight is held out, whatever the seed.
+            checksum = zlib.crc32(repr(vars(scene)).encode())
+            found = "train" if checksum % 8 else "heldout"
         scene.split = split
         yield f"{name}-{use}-{split}-{seed}-{index}", scene, rng, d
 
 
 def _turns(scene, rng, d):
-    """What a scripted searcher says: some looks, then the value seen last, else the guess."""
+    """What a scripted searcher says: some looks, then the value seen, else the guess.
+
+    Once it has seen a value, further looks only repeat that one.
+    """
     turns = []
-    look = Look("", None)
-    seen = scene.hint
+    seen = None
     for _ in range(rng.choice(len(d.looks), p=d.looks)):
-        if look.value is None or rng.random() >= d.recheck:
-            look = scene.look(rng, d)
-        turns.append(CODE.format(look.code))
-        seen = look.value or seen
-    return [*turns, ANSWER.format(seen)]
+        if seen is None:
+            code, seen = scene.look(rng, d)
+        turns.append(CODE.format(code))
+    return [*turns, ANSWER.format(seen or scene.hint)]
 
 
 def read_difficulty(text: str) -> dict:
@@ -583,7 +578,7 @@ def read_difficulty(text: str) -> dict:
     try:
         found = asdict(Difficulty(**json.loads(text or "{}")))
         for name, usual in asdict(Difficulty()).items():
-            if not possible(found[name], usual):
+            if not _possible(found[name], usual):
                 raise ValueError(f"{name} cannot be {found[name]!r}")
     except (ValueError, TypeError) as error:
         raise DataError(
@@ -592,14 +587,14 @@ def read_difficulty(text: str) -> dict:
     return found
 
 
-def possible(value: object, usual: object) -> bool:
+def _possible(value, usual):
     """Is a value of the same kind as the usual one, and no negative number?"""
     if isinstance(usual, tuple):
-        some = isinstance(value, (list, tuple)) and len(value) > 0
-        return some and all(possible(item, usual[0]) for item in value)
+        some = isinstance(value, list | tuple) and value
+        return some and all(_possible(item, usual[0]) for item in value)
     if isinstance(usual, str):
         return value in VALUES
-    return isinstance(value, (int, float)) and value >= 0
+    return isinstance(value, int | float) and value >= 0
 
 
 def puzzles(
@@ -641,8 +636,10 @@ def captions(task: str, n: int, seed: int, folder=None, **difficulty) -> list[Sa
         if sample:
             turn = ANSWER.format(sample.answer)
         else:
-            sample = replace(scene.sample(name, d, folder), ability="call")
-            turn = CODE.format(scene.look(rng, d).code)
+            # It ends with its code, and has no answer to compare with.
+            sample = replace(scene.sample(name, d, folder), answer="", ability="call")
+            code, _ = scene.look(rng, d)
+            turn = CODE.format(code)
         samples.append(replace(sample, turns=[turn]))
     return samples
 

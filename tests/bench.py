@@ -7,6 +7,7 @@
     length    time and peak memory of an update by the length of its rows
     memory    peak memory of log-probs at a real vocabulary, in chunks and whole
     verify    the rule verifier on a batch of ordinary answers
+    widths    two layers of the real models' widths in bf16 on a CPU: a rollout, an update, the peak
     gpu       a model of the 7B's shape against the limits of the GPU
     compare   this checkout against another one: `python tests/bench.py compare OTHER_CHECKOUT`
 
@@ -932,10 +933,10 @@ def gpu(device="cuda", text=SEVEN_B, vision=TOWER, prompt=3000, reply=1000, deco
     gpu_update(policy, card, prompt, reply)
 
 
-def random_policy(device: str, text: dict, vision: dict):
+def random_policy(device: str, text: dict, vision: dict, family: str = "Qwen2_5_VL"):
     """A FastPolicy of random bf16 weights, whose turns end at their limit only."""
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    import transformers
 
     from engine.fast import FastPolicy
     from model import Policy, tiny_policy
@@ -943,10 +944,11 @@ def random_policy(device: str, text: dict, vision: dict):
     tiny = tiny_policy(scratch(), ["a"] * 3, vocabulary=300)
     names = ("image_token_id", "video_token_id", "vision_start_token_id")
     ids = {name: getattr(tiny.model.config, name) for name in names}
-    config = Qwen2_5_VLConfig(**ids, text_config=text, vision_config=vision)
+    config = getattr(transformers, f"{family}Config")
+    config = config(**ids, text_config=text, vision_config=vision)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        network = Qwen2_5_VLForConditionalGeneration(config).eval()
+        network = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
     torch.set_default_dtype(torch.float32)
     network.set_attn_implementation({"vision_config": "sdpa"})
     policy = Policy(network, tiny.tokenizer, tiny.image_processor)
@@ -1018,6 +1020,98 @@ def gpu_update(policy, card, prompt: int, reply: int):
         done = 6 * (tokens * layer_weights(policy) + GROUP * reply * head)
         speed = f"{done / took / 1e12:.2f} TFLOP/s, {done / took / card.flops:.2f} of the peak"
         print(f"update, {name}: {speed} of a matmul, peak {peak:.1f} GiB")
+
+
+# ------------------------------------------------------------------------------------------- widths
+WIDE_SIDE = 224  # of a picture, in pixels
+WIDE_TOKENS = 32  # of a reply
+WIDE = {  # the widths of the 7B and of Qwen3-VL 8B; two layers of the text model and of the tower
+    "Qwen2_5_VL": (
+        dict(SEVEN_B, num_hidden_layers=2),
+        dict(TOWER, depth=2, fullatt_block_indexes=[1]),
+    ),
+    "Qwen3VL": (
+        dict(
+            hidden_size=4096,
+            intermediate_size=12288,
+            num_hidden_layers=2,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151_936,
+            tie_word_embeddings=False,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        ),
+        dict(
+            hidden_size=1152,
+            depth=2,
+            num_heads=16,
+            intermediate_size=4304,
+            out_hidden_size=4096,
+            patch_size=16,
+            deepstack_visual_indexes=[0, 1],
+        ),
+    ),
+}
+
+
+def widths():
+    """Peak memory and seconds of a rollout and an update, one model at a time."""
+    for number, name in enumerate(WIDE):
+        found = alone("wide", number)
+        if found is None:
+            print(f"{name}: too little memory")
+            continue
+        times = f"rollout {found['rollout']:.1f} s, update {found['update']:.1f} s"
+        peaks = f"peak {found['rollout_mib'] / 1024:.1f} and {found['update_mib'] / 1024:.1f} GiB"
+        size = f"{found['parameters'] / 1e9:.2f} G parameters"
+        print(f"{name}, {size}: {times}, {peaks}, gap of log-probs {found['gap']:.4f}", flush=True)
+
+
+def wide(number: int) -> dict:
+    """Sample a group behind a picture, then follow its gradient, all weights in bf16."""
+    import torch
+    from transformers import Qwen2VLImageProcessorPil
+
+    from data import Sample
+    from rollout import rollout
+
+    name = list(WIDE)[number]
+    text, vision = WIDE[name]
+    policy = random_policy("cpu", text, vision, name)
+    pixels = WIDE_SIDE**2
+    patch = policy.model.config.vision_config.patch_size
+    policy.policy.image_processor = Qwen2VLImageProcessorPil(
+        patch_size=patch, min_pixels=pixels, max_pixels=pixels
+    )
+    asked = [{"role": "user", "content": "<image>?"}]
+    sample = Sample("0", "?", "1", images=(picture(),), prompt=asked)
+    begin = time.perf_counter()
+    groups = rollout(policy, [sample], 4, max_turns=1, max_new_tokens=WIDE_TOKENS)
+    rolled = time.perf_counter()
+    mib = peak_mib()
+    trajectories = groups[0]
+    old = torch.tensor([value for t in trajectories for value in t.logprobs])
+    logprobs, _ = policy.logprobs(trajectories)
+    (-logprobs.mean()).backward()
+    torch.optim.SGD(policy.model.parameters(), 1e-3, foreach=False).step()
+    updated = time.perf_counter()
+    return dict(
+        rollout=rolled - begin,
+        update=updated - rolled,
+        rollout_mib=mib,
+        update_mib=peak_mib(),
+        gap=float((logprobs.detach() - old).abs().mean()),
+        parameters=sum(weight.numel() for weight in policy.model.parameters()),
+    )
+
+
+ALONE["wide"] = wide
 
 
 # ------------------------------------------------------------------------------------------ compare
@@ -1172,6 +1266,7 @@ SIMPLE = {
     "length": length,
     "memory": memory,
     "verify": verify,
+    "widths": widths,
     "gpu": gpu,
 }
 TIMED = {"rollout": rollout, "update": update, "step": step}

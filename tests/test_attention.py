@@ -196,6 +196,23 @@ def test_two_passes_merged_are_one_over_all_keys(way):
     torch.testing.assert_close(lse, expected_lse)
 
 
+@pytest.mark.parametrize("short, made", [(0, "kernel_calls"), (2**20, "padding")])
+def test_lengths_are_looked_at_once_for_all_layers(short, made, monkeypatch):
+    """The same tensors again are the next layer; others are another forward, if equal or not."""
+    monkeypatch.setattr(attention, "SHORT", short)
+    known = getattr(attention, made)
+    known.cache_clear()
+    given = inputs(LENGTHS["some have more keys"])
+    for _ in range(3):
+        varlen_attention(*given, window_size=CAUSAL, enable_gqa=True)
+    assert known.cache_info().misses == 1
+    for name in ("some have more keys", "ragged"):
+        given = inputs(LENGTHS[name])
+        out = varlen_attention(*given, window_size=CAUSAL, enable_gqa=True)
+        torch.testing.assert_close(out, definition(*given[:3], LENGTHS[name], True)[0])
+    assert known.cache_info().misses == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("short", [0, 2**20])
 def test_lower_precisions(dtype, window, short, monkeypatch):

@@ -158,21 +158,30 @@ def test_vstar_quirks_of_the_script_are_not_ours(tmp_path):
     assert rule("A car", rows[0]) == 1
 
 
-def test_vstar_folders_alone(tmp_path):
+def put_vstar_folders(folder):
+    """The pictures' own files, without test_questions.jsonl; OCR is none of the 191 rows."""
     for category in ("direct_attributes", "relative_position", "OCR"):
-        put(tmp_path / category / "sa_7.jpg")
+        put(folder / category / "sa_7.jpg")
         record = {
             "target_object": ["cap"],
             "bbox": [[1, 2, 3, 4]],
             "question": "Color?",
             "options": ["red", "blue"],
         }
-        put(tmp_path / category / "sa_7.json", record)
+        put(folder / category / "sa_7.json", record)
+
+
+def test_vstar_folders_alone(tmp_path):
+    put_vstar_folders(tmp_path)
     rows = read_benchmark("vstar", tmp_path)
     assert [row.meta["category"] for row in rows] == ["direct_attributes", "relative_position"]
     assert rows[0].answer == "A"
     assert rows[0].question == "Color?\n(A) red\n(B) blue"
     assert Path(rows[0].images[0]) == tmp_path / "direct_attributes" / "sa_7.jpg"
+
+
+def test_vstar_with_one_folder_missing(tmp_path):
+    put_vstar_folders(tmp_path)
     (tmp_path / "relative_position" / "sa_7.json").unlink()
     expected = r"test_questions\.jsonl.*relative_position/sa_\*\.json"
     with pytest.raises(DataError, match=expected):
@@ -264,6 +273,10 @@ def test_a_table_that_was_cut_off(tmp_path):
         file.write_bytes(whole[:-missing])
         with pytest.raises(DataError, match="hr_bench_4k.tsv: row [78]: .*download"):
             read_benchmark("hrbench-4k", tmp_path)
+
+
+def test_the_folder_of_the_other_hrbench(tmp_path):
+    put_hrbench(tmp_path)
     with pytest.raises(DataError, match="hr_bench_8k.tsv.*there is hr_bench_4k.tsv"):
         read_benchmark("hrbench-8k", tmp_path)
 
@@ -591,10 +604,10 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         read_benchmark("dynamath", tmp_path)
 
 
-def test_parquet(tmp_path):
+def put_parquet(folder):
+    """A file for each variant -> predictions in the order of the rows."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    files = {}
     said = []
     for number in (1, 2, 3):
         records = []
@@ -608,17 +621,32 @@ def test_parquet(tmp_path):
                 }
                 records.append(record | variant.fields())
                 said.append(variant.said)
-        files[number] = tmp_path / "data" / f"sample{number}-00000-of-00001.parquet"
-        files[number].parent.mkdir(exist_ok=True)
-        parquet.write_table(pyarrow.Table.from_pylist(records), files[number])
+        file = folder / "data" / f"sample{number}-00000-of-00001.parquet"
+        file.parent.mkdir(exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    return said
+
+
+def test_parquet_is_read(tmp_path):
+    put_parquet(tmp_path)
     rows = read_benchmark("dynamath", tmp_path)
     assert [row.id for row in rows[:4]] == ["1-1", "2-1", "3-1", "1-2"]
     assert rows[4].images[0]().size == (16, 12)
+
+
+def test_parquet_is_scored_as_the_table_is(tmp_path):
+    said = put_parquet(tmp_path)
+    rows = read_benchmark("dynamath", tmp_path)
     result = score_benchmark("dynamath", rows, said)
     assert result["score"] == percent(77.78)
     assert result["scores"]["worst case"] == percent(33.33)
-    shutil.copy(files[1], tmp_path / "data" / "sample10-00000-of-00001.parquet")
-    assert read_benchmark("dynamath", tmp_path)[-1].id == "3-10"  # it comes after the ninth
+
+
+def test_the_tenth_variant_comes_after_the_ninth(tmp_path):
+    put_parquet(tmp_path)
+    files = tmp_path / "data"
+    shutil.copy(files / "sample1-00000-of-00001.parquet", files / "sample10-00000-of-00001.parquet")
+    assert read_benchmark("dynamath", tmp_path)[-1].id == "3-10"
 
 
 # TIR-Bench ---------------------------------------------------------------------------------------
@@ -808,22 +836,32 @@ def test_the_judge_is_not_asked_where_the_rule_can_tell(tmp_path):
     assert score_benchmark("vstar", rows, ["B", "C", "A", "A", "B"], judge)["score"] == 100
 
 
-def test_the_judge_is_not_asked_for_what_is_right_in_part(tmp_path):
-    asked = []
+class Yes:
+    """A judge that finds everything right, and remembers what it was asked."""
 
-    def judge(items):
-        asked.extend(items)
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, items):
+        self.asked += items
         return [True] * len(items)
 
-    put_vsi(tmp_path / "vsi")
-    rows = read_benchmark("vsi-bench", tmp_path / "vsi")
-    numeric = score_benchmark("vsi-bench", rows, [case.said for case in VSI], judge, True)
-    assert numeric["correct"] == [0.6, 1, 0.6, 0] + [1] * 6
-    assert len(asked) == 6
-    put_tir(tmp_path / "tir")
-    rows = read_benchmark("tir-bench", tmp_path / "tir")
-    places = score_benchmark("tir-bench", rows, [case.said for case in TIR], judge, True)
-    assert places["correct"] == [1, 1, 0.5, 0.5, 1, 1]
+
+def test_the_judge_is_not_asked_for_numbers_of_vsi(tmp_path):
+    """They are right in part: by mean relative accuracy."""
+    put_vsi(tmp_path)
+    rows = read_benchmark("vsi-bench", tmp_path)
+    judge = Yes()
+    result = score_benchmark("vsi-bench", rows, [case.said for case in VSI], judge, True)
+    assert result["correct"] == [0.6, 1, 0.6, 0] + [1] * 6
+    assert len(judge.asked) == 6
+
+
+def test_the_judge_is_not_asked_for_what_is_right_in_part(tmp_path):
+    put_tir(tmp_path)
+    rows = read_benchmark("tir-bench", tmp_path)
+    result = score_benchmark("tir-bench", rows, [case.said for case in TIR], Yes(), True)
+    assert result["correct"] == [1, 1, 0.5, 0.5, 1, 1]
 
 
 # Predictions -------------------------------------------------------------------------------------

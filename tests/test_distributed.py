@@ -52,8 +52,8 @@ def finish(processes):
 
 # --------------------------------------------------------------------------------------- the update
 def one_update(tiny, rows, out, settings, empty):
-    """The update of a batch; with torch's sharding where there are several processes."""
-    parallel.join()
+    """The update of a batch; with torch's sharding where there are several processes, or bf16."""
+    parallel.join(settings.get("dtype", ""))
     run = test_train.make_run(tiny, rows, out, **settings)
     run.optimizer = torch.optim.SGD(run.model.parameters(), 1e-2)
     alone = FastPolicy(load_policy(str(tiny), dtype=torch.float32))
@@ -102,6 +102,32 @@ def test_two_processes_give_the_update_of_one(empty, tiny, rows, tmp_path):
         assert (one - two).norm() / one.norm() < 1e-5
         for key in ("loss", "grad_norm", "entropy", "clip_fraction", "logprob_gap"):
             assert second[key] == pytest.approx(first[key], rel=1e-4, abs=1e-6), key
+
+
+BF16 = dict(dtype="bfloat16")
+
+
+def test_two_processes_give_the_update_of_one_in_bf16(tiny, rows, tmp_path):
+    """To bf16's rounding, since each of their matmuls has other rows."""
+    one, first = updated(tiny, rows, tmp_path / "one", 1, **BF16)
+    before, _ = updated(tiny, rows, tmp_path / "nothing", 1, max_grad_norm=0.0, **BF16)
+    two, second = updated(tiny, rows, tmp_path / "two", 2, **BF16)
+    assert (one - two).norm() / (one - before).norm() < 0.02
+    for key in ("loss", "grad_norm", "entropy"):
+        assert second[key] == pytest.approx(first[key], rel=0.01, abs=1e-3), key
+
+
+def test_two_processes_train_the_adapters_of_one(tiny, rows, tmp_path):
+    """The merged weights are equal."""
+    pytest.importorskip("peft")
+    lora = dict(lora_rank=4)
+    one, first = updated(tiny, rows, tmp_path / "one", 1, **lora)
+    before, _ = updated(tiny, rows, tmp_path / "nothing", 1, max_grad_norm=0.0, **lora)
+    assert (one - before).norm() > 0
+    for name, settings in dict(whole={}, uneven=UNEVEN).items():
+        two, second = updated(tiny, rows, tmp_path / name, 2, **lora, **settings)
+        assert (one - two).norm() / (one - before).norm() < 1e-3
+        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
 
 
 # -------------------------------------------------------------------------------------- the weights

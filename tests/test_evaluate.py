@@ -22,8 +22,9 @@ from PIL import Image
 
 import evaluate
 from data import Sample
-from engine.evaluation import Lines, as_text
+from engine.evaluation import Lines
 from engine.flags import parse_flags
+from engine.report import as_text
 from engine.run import LOCKS
 from evaluate import EvalConfig, main
 from model import load_policy, save_policy, tiny_policy
@@ -746,3 +747,20 @@ def test_uniform_frames_are_in_the_context_and_counted(model, tmp_path):
     (strip,) = first["videos"]
     assert strip["looked"] == [1, 3, 5, 7, 9, 11]
     assert len(strip["shown"]) == 6
+
+
+# ------------------------------------------------------------------ in transformers' own hands
+def test_a_checkpoint_works_in_transformers_own_pipeline(model):
+    """AutoProcessor wants torchvision, which is not needed here otherwise."""
+    pytest.importorskip("torchvision")
+    from transformers import AutoProcessor, pipeline
+
+    image = picture(size=(448, 336))
+    theirs = AutoProcessor.from_pretrained(model).image_processor(images=[image])
+    _, grid = load_policy(model).pixels([image])
+    assert np.array_equal(theirs["image_grid_thw"], grid)
+    question = {"type": "text", "text": "Which colour?"}
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, question]}]
+    told = pipeline("image-text-to-text", model=model)(text=chat, max_new_tokens=20)
+    reply = told[0]["generated_text"][-1]
+    assert reply["role"] == "assistant" and "boxed" in reply["content"]

@@ -19,7 +19,7 @@ from transformers import (
 from data import DataError, Sample
 from engine import attention, fast
 from engine.fast import FastPolicy
-from engine.parallel import full_weights, shard
+from engine.parallel import checkpoint_layers, full_weights, shard
 from engine.prompt import messages
 from model import Policy, load_policy, save_policy, tiny_policy
 from rollout import Limits, Recital, Trajectory, rollout
@@ -429,7 +429,8 @@ def test_recomputed_activations_with_a_shared_prompt(tmp_path):
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        shard(made, checkpoint_activations=True)
+        checkpoint_layers(made.model)
+        shard(made)
         policy = FastPolicy(made)
         calls = []
         layer = made.model.model.language_model.layers[1].mlp

@@ -210,7 +210,11 @@ def test_the_hint_is_right_as_often_as_it_says(kind, hint):
     drawn = draw(2000, kinds=(kind,), hint=hint)
     right = [scene.hint == scene.answer for scene in drawn]
     assert abs(np.mean(right) - hint) < 0.04
-    for scene in drawn:
+
+
+@pytest.mark.parametrize("kind", ["colour", "stripes"])
+def test_no_other_plate_carries_the_answer(kind):
+    for scene in draw(2000, kinds=(kind,)):
         others = scene.plates[: scene.asked - 1] + scene.plates[scene.asked :]
         assert len(others) == 8
         assert scene.answer not in others
@@ -269,16 +273,29 @@ def test_demonstrations_say_what_the_sandbox_shows(task, folder):
         assert counts[case] > 0, case
 
 
-def test_demonstrations_are_of_the_quality_asked_for():
-    looks = (0.35, 0.05, 0.10, 0.20, 0.30)
-    aim = 0.47
-    drawn = demonstrations("image", 250, 0, looks=looks, aim=aim)
+LOOKS = (0.35, 0.05, 0.10, 0.20, 0.30)  # shares of 0, 1, ... looks
+AIM = 0.47
+
+
+def test_demonstrations_look_as_often_as_asked_for():
+    drawn = demonstrations("image", 250, 0, looks=LOOKS, aim=AIM)
     counts = Counter(len(sample.turns) - 1 for sample in drawn)
-    for count, share in enumerate(looks):
+    for count, share in enumerate(LOOKS):
         assert abs(counts[count] / 250 - share) < 0.1
+
+
+def test_demonstrations_aim_as_well_as_asked_for():
+    drawn = demonstrations("image", 250, 0, looks=LOOKS, aim=AIM)
     looked = [sample for sample in drawn if len(sample.turns) > 1]
     right = [extract_answer(sample.turns[-1]) == sample.answer for sample in looked]
-    assert abs(np.mean(right) - aim) < 0.12
+    assert abs(np.mean(right) - AIM) < 0.12
+
+
+def test_what_was_seen_is_only_looked_at_again():
+    drawn = demonstrations("image", 100, 0, looks=(0.0, 0.0, 1.0), slip=0.0)
+    for sample in drawn:
+        first, second, _ = sample.turns
+        assert second == first
 
 
 def test_perfect_demonstrations_look_once_and_are_right():
@@ -294,6 +311,7 @@ def test_captions_teach_what_is_there(folder):
         (turn,) = sample.turns
         if sample.ability == "call":
             assert find_code(turn)
+            assert not sample.answer  # so that nothing is missed where it ends with its code
         else:
             assert extract_answer(turn) == sample.answer
         if sample.ability == "crop" and sample.answer in COLOURS:
@@ -450,6 +468,10 @@ def test_clips_are_written_once_and_found_again(folder):
     assert again == first
     assert [os.stat(path).st_ino for path in again] == files
     assert not list(folder.rglob("*.part"))
+
+
+def test_held_out_clips_are_files_of_their_own(folder):
+    first = [sample.videos[0] for sample in puzzles("video", 2, 11, folder=folder)]
     held_out = [sample.videos[0] for sample in puzzles("video", 8, 11, "heldout", folder=folder)]
     assert not set(first) & set(held_out)
 

@@ -13,7 +13,15 @@ from PIL import Image
 from data import Sample
 from engine import report
 from engine.boxes import crops
-from engine.report import curves, record, step_records, thumbnail, write_report
+from engine.report import (
+    as_text,
+    curves,
+    read_lines,
+    record,
+    step_records,
+    thumbnail,
+    write_report,
+)
 from rollout import EndReason, Trajectory, Turn, select
 
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
@@ -194,13 +202,14 @@ def test_a_record_holds_what_page_and_results_need():
     t.turns.insert(1, Turn("oops", "1/0", "Traceback…", "ZeroDivisionError", n_tokens=4))
     t.action_mask = [False] * 3 + [True] * 18
     t.advantage = 0.25
-    line = record(t, 3, 1, step=20, fate="trained on")
+    line = record(t, 3, 1, step=20, trained=True)
     assert json.loads(json.dumps(line))["turns"][0]["boxes"] == [[0, 0, 20, 10]]
     assert line["sizes"] == [(600, 300)] and len(line["images"]) == 1
     assert [turn["failed"] for turn in line["turns"]] == [False, True, False]
     assert [turn["tokens"] for turn in line["turns"]] == [9, 4, 5]
     assert (line["index"], line["repeat"], line["step"]) == (3, 1, 20)
-    assert (line["reward"], line["advantage"], line["fate"]) == (1.1, 0.25, "trained on")
+    assert (line["reward"], line["advantage"]) == (1.1, 0.25)
+    assert (line["trained"], line["broken"]) == (True, False)
     assert (line["answer"], line["reference"], line["correct"]) == ("red", "red", True)
     assert (line["end_reason"], line["response_tokens"]) == ("DONE", 18)
     assert (line["id"], line["data_source"]) == ("q", "vstar")
@@ -215,7 +224,7 @@ def test_a_picture_is_a_small_jpeg():
     assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 60_000
 
 
-def test_a_step_says_what_became_of_each_trajectory():
+def test_a_step_says_what_was_trained_on():
     def group(*rights):
         return [answered(ask(), right) for right in rights]
 
@@ -223,13 +232,13 @@ def test_a_step_says_what_became_of_each_trajectory():
     groups[2][3].end_reason = EndReason.OVER_LENGTH
     kept, _ = select(groups, 2)
     records = step_records(groups, kept, 7)
-    fates = {}
-    for line in records:
-        fates.setdefault(line["index"], []).append(line["fate"])
-    assert fates[0] == ["outranked"] * 4
-    assert fates[1] == ["nothing to learn from its group"] * 4
-    assert fates[2] == ["trained on"] * 3 + ["broken"]
-    assert fates[3] == ["trained on"] * 4
+    by_group = [records[start : start + 4] for start in range(0, 16, 4)]
+    assert [[line["index"] for line in lines] for lines in by_group] == [[k] * 4 for k in range(4)]
+    trained = [[line["trained"] for line in lines] for lines in by_group]
+    assert trained == [[False] * 4, [False] * 4, [True, True, True, False], [True] * 4]
+    assert [line["broken"] for line in records] == [False] * 11 + [True] + [False] * 4
+    without = [line["advantage"] is None for line in records]
+    assert without == [False] * 4 + [True] * 4 + [False] * 3 + [True] + [False] * 4
     assert {line["step"] for line in records} == {7}
     assert [line["repeat"] for line in records] == [0, 1, 2, 3] * 4
 
@@ -243,6 +252,7 @@ def test_a_video_says_where_it_was_looked_at():
     line = record(Trajectory(sample, turns=turns))
     (strip,) = line["videos"]
     assert (strip["looked"], strip["seconds"]) == ([0, 0.4, 4, 10], 12)
+    assert strip["turns"] == [[1], [1], [1, 2], [2]]
     assert [second for second, _ in strip["shown"]] == strip["looked"]
     assert len({uri for _, uri in strip["shown"]}) == 4 and line["images"] == []
     assert (line["frames_looked_at"], line["seconds_covered"]) == (4, 3)
@@ -256,6 +266,17 @@ def test_a_video_says_where_it_was_looked_at():
     uniform = Trajectory(sample, prompt_images=6, turns=[Turn()])
     (strip,) = record(uniform)["videos"]
     assert strip["looked"] == [1, 3, 5, 7, 9, 11] and len(strip["shown"]) == 6
+    assert strip["turns"] == [[]] * 6  # the context showed them, and no turn
+
+
+def test_a_line_that_a_kill_cut_is_left_out(tmp_path):
+    some = [json.loads(json.dumps(record(answered(ask(), True), k))) for k in range(3)]
+    file = tmp_path / "rollouts.jsonl"
+    assert read_lines(file) == []
+    file.write_text(as_text(some))
+    assert read_lines(file) == some
+    file.write_text(as_text(some)[:-2])
+    assert read_lines(file) == some[:2]
 
 
 def test_curves_are_drawn_of_whatever_the_rows_hold(tmp_path):
@@ -321,19 +342,6 @@ def test_a_share_holds_whole_groups_and_says_so(tmp_path, monkeypatch):
         line["index"] = 0
     write_report(tmp_path / "r.html", some, "t")  # of one question a share of its trajectories
     assert len(data_of(tmp_path / "r.html")["trajectories"]) == 12
-
-
-def test_a_page_of_trajectories_is_one_of_their_records(tmp_path):
-    one, other = ask("a"), ask("b")
-    some = [answered(one, True), answered(one, False), answered(other, True)]
-    write_report(tmp_path / "r.html", some, "t")
-    shown = data_of(tmp_path / "r.html")["trajectories"]
-    assert [(t["id"], t["index"], t["correct"]) for t in shown] == [
-        ("a", 0, True),
-        ("a", 0, False),
-        ("b", 1, True),
-    ]
-    assert len({(t["index"], t["repeat"]) for t in shown}) == 3  # each has a link of its own
 
 
 # ------------------------------------------------------------------------------------- in a browser
@@ -409,6 +417,19 @@ def test_one_held_out_question_is_shown_at_every_step(run_page):
     cells = history.split("<small")[1:]
     assert len(cells) == 2 and "blue" in cells[0] and "red" in cells[1]
     assert 'class="box' not in cells[0] and 'class="box' in cells[1]
+
+
+@in_browser
+def test_of_what_a_resumed_run_answered_again_the_last_answer_is_shown(tmp_path):
+    abandoned = record(answered(ask("h"), True), 0, 0, 40)
+    first = record(answered(ask("h"), False), 0, 0, 20)
+    again = record(answered(ask("h"), True), 0, 0, 20)
+    groups = [[answered(ask("a"), False)]]
+    records = step_records(groups, groups, 30)
+    write_report(tmp_path / "r.html", records, "t", [abandoned, first, again])
+    shown, _ = page(tmp_path / "r.html")
+    assert "step 20: 1 of 1 right" in shown
+    assert "step 40" not in shown.split("<main>")[0]  # it is ahead of the run
 
 
 @in_browser
@@ -527,11 +548,47 @@ def test_a_link_opens_one_trajectory(run_page):
     assert '<div id="history" hidden' in shown  # what was linked is on the first screen
 
 
+def film(shown):
+    """The lines of a video's strip: the turn's number, and where its marks are in percent."""
+    strip = re.search('<div class="film">(.*?)<small', shown, re.DOTALL)[1]
+    lines = re.split("<b ", strip)[1:]
+    numbers = [re.search(r">(\d*)</b>", line)[1] for line in lines]
+    return numbers, [re.findall(r'<i class="" style="left: ([\d.]+)%', line) for line in lines]
+
+
+@in_browser
+def test_a_video_says_which_turn_looked_where(tmp_path):
+    t = answered(ask(), True, look((0, 0, 9, 9)), look((0, 0, 9, 9)))
+    line = record(t)
+    frame = thumbnail(picture())
+    seconds = [0, 3, 6, 9]
+    video = dict(looked=seconds, seconds=12, turns=[[1], [1, 2], [], [2]])
+    line["videos"] = [dict(video, shown=[[second, frame] for second in seconds])]
+    write_report(tmp_path / "r.html", [line], "t")
+    shown, _ = page(tmp_path / "r.html", "at=0.0")
+    numbers, places = film(shown)
+    assert numbers == ["", "1", "2"]  # what the context showed has no number
+    assert places == [["50"], ["0", "25"], ["25", "75"]]
+    captions = re.findall("<figcaption.*?</figcaption>", shown)
+    told = [" ".join(re.sub("<.*?>", " ", caption).split()) for caption in captions]
+    assert told == ["1 0 s", "1,2 3 s", "6 s", "2 9 s"]
+
+
+@in_browser
+def test_a_video_at_which_nobody_looked_is_an_empty_strip(tmp_path):
+    line = record(answered(ask(), True))
+    line["videos"] = [dict(looked=[], turns=[], seconds=12, shown=[])]
+    write_report(tmp_path / "r.html", [line], "t")
+    assert film(page(tmp_path / "r.html", "at=0.0")[0]) == ([""], [[]])
+
+
 @in_browser
 def test_two_thousand_trajectories_wait_until_they_are_opened(tmp_path):
     some = [record(hostile(i), i) for i in range(20)]
     frame = some[0]["images"][0]
-    some[0]["videos"] = [dict(looked=[0.5, 4.5], seconds=12, shown=[[4.5, frame]])]
+    some[0]["videos"] = [
+        dict(looked=[0.5, 4.5], turns=[[1], [2]], seconds=12, shown=[[4.5, frame]])
+    ]
     write_report(tmp_path / "many.html", some * 100, "many")
     shown, count = page(tmp_path / "many.html", "open=1")
     body = shown.split("<main>")[1].split("<script")[0]
@@ -539,7 +596,7 @@ def test_two_thousand_trajectories_wait_until_they_are_opened(tmp_path):
     assert body.count("<article") == 20
     assert body.count("<img") == 20 + 2  # of the groups, and of the opened one
     assert body.count("<section") == 1
-    assert ">4.5 s</figcaption>" in shown and body.count('<i class="" style="left: ') == 2
+    assert "4.5 s</figcaption>" in shown and body.count('<i class="" style="left: ') == 2
 
 
 @in_browser

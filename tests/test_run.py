@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from data import Sample
 from engine import run as running
 from engine.judge import Judge
 from engine.metrics import measure
-from engine.run import Progress, greet
+from engine.run import Journal, Progress, greet
 from model import tiny_policy
 from reward import score
 from rollout import EndReason, Trajectory
@@ -153,3 +154,33 @@ def test_they_are_those_of_the_step_without_its_evaluation(tmp_path, monkeypatch
         rollouts = 2 * row["groups_sampled"]
         assert row["undecided"] == 1 and rollouts >= 2
         assert row["judge_failures"] <= row["groups_sampled"]  # one a call of score
+
+
+# ------------------------------------------------------------------------------------ the trackers
+def test_a_tracker_gets_numbers_curves_and_what_a_trajectory_saw(tmp_path, monkeypatch):
+    logged = []
+    package = types.SimpleNamespace(
+        init=lambda **settings: None,
+        log=lambda values, step: logged.append((step, values)),
+        finish=lambda: logged.append("finished"),
+        Image=lambda image: image,
+    )
+    monkeypatch.setitem(sys.modules, "trackio", package)
+    some = config(tmp_path, tracker="trackio")
+    journal = Journal(some, Progress({"rl": (9, 1.0)}), "rl", [])
+    journal.begin()
+    t = answered("red")
+    t.images = [Image.new("RGB", (8, 8))] * (running.LOGGED + 1)
+    for step in (1, 2):
+        row = dict(step=step, seconds_rollout=1.0, seconds_update=1.0)
+        row.update(trajectories_trained=1, updates_skipped=0)
+        journal.log(row, [[t]], [[t]], pictures=step == 1)
+    journal.end()
+    (first, with_pictures), (second, numbers), end = logged
+    assert (first, second, end) == (1, 2, "finished")
+    assert "step" not in numbers  # it is not a number of the step
+    assert numbers["seconds_rollout"] == 1.0 and numbers.keys() < with_pictures.keys()
+    pictures = with_pictures.keys() - numbers.keys()
+    assert pictures == {"curves", *[f"look_{number}" for number in range(running.LOGGED)]}
+    assert with_pictures["curves"] == str(tmp_path / "curves.png")
+    assert with_pictures["look_0"] is t.images[0]

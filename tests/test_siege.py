@@ -40,7 +40,10 @@ from test_sandbox import (  # noqa: F401
 )
 
 import sandbox
+from data import Sample
 from engine import confine, figures, session
+from model import tiny_policy
+from rollout import EndReason, Recital, rollout
 from sandbox import Result, SandboxError, check_reply
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the confinement is Linux's")
@@ -238,6 +241,25 @@ def test_pixels_of_a_call_are_bounded_and_every_figure_is_shown(box):  # noqa: F
     thin = "for _ in range(32):\n    Image.new('RGB', (19_900, 100), 'red').show()"
     result = box.run(thin)
     assert result.error is None and len(result.images) == 32
+
+
+def test_what_a_trajectory_holds_is_bounded(tmp_path):
+    """The largest figures that pass: a batch's memory is a number that is known beforehand."""
+    show = "for _ in range(8):\n    Image.new('RGB', (1414, 1414), 'red').show()"
+    turns = [f"<code>\n```python\n{show}\n```\n</code>"] * 6
+    policy = Recital(tiny_policy(tmp_path / "tiny", turns * 20))
+    asked = Sample("q", "?", "red", turns=turns)
+    ((t,),) = rollout(policy, [asked], 1, max_turns=7, max_context=10**7)
+    assert t.end_reason is EndReason.EXCEED_MAX_IMAGES and t.n_tool_calls == 5
+    held = {id(image): image.width * image.height for image in t.images}
+    for turn in t.turns:
+        held |= {id(image): image.width * image.height for image in turn.images}
+    assert len(held) == 32  # those of the last call are let go
+    assert sum(held.values()) <= 32 * figures.MAX_PIXELS
+    ((t,),) = rollout(policy, [asked], 1, max_turns=7, max_context=len(t.tokens) - 9)
+    assert t.end_reason is EndReason.OVER_LENGTH
+    more = {id(image): image.width * image.height for image in t.turns[-1].images}
+    assert sum(more.values()) <= figures.MAX_CALL_PIXELS
 
 
 # ---- what ends the neighbours
@@ -724,6 +746,23 @@ def test_closed_is_said_and_closing_again_is_fine(fresh):  # noqa: F811
     ended.close()
     with pytest.raises(SandboxError, match="closed"):
         ended.run("print(1)")
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "while True: pass",
+        "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+        "'a' in ('b' for _ in iter(int, 1))",
+    ],
+)
+def test_a_prelude_without_end_is_ended_and_named(tmp_path, loop):
+    path = tmp_path / "tools.py"
+    path.write_text(f"def f(): pass\n{loop}\n")
+    start = time.monotonic()
+    with pytest.raises(SandboxError, match="--prelude.* it ran for more than 0.5 s"):
+        sandbox.Sandbox(prelude=str(path), timeout=0.5)
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(
