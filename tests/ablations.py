@@ -558,7 +558,7 @@ def write(study: dict) -> None:
     page = DOCS / "ablations.md"
     by_hand = page.read_text().partition(BY_HAND)[2] if page.exists() else "\n"
     head = "# The paper's ablations, on the puzzles\n\nWritten by `python tests/ablations.py`"
-    head += f", {study['hours']:.1f} hours for all runs."
+    head += f": {study['hours']:.1f} hours, all runs added up."
     page.write_text(f"{head}\n\n![](ablations.png)\n\n{tables(study)}{BY_HAND}{by_hand}")
     (DOCS / "ablations.json").write_text(json.dumps(study) + "\n")
     figure(study, DOCS / "ablations.png")
