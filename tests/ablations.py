@@ -363,9 +363,9 @@ def plus_minus(numbers: list[float], form: str = ".2f") -> str:
     return f"{middle:{form}} ± {half:{form.strip('+')}}"
 
 
-def measured(runs: dict, measures: dict) -> list[str]:
+def measured(runs: dict, measures: dict, over: str = "cold starts × seeds") -> list[str]:
     """A table of what the runs measured: a row an arm."""
-    lines = heading(["", "cold starts × seeds", *measures])
+    lines = heading(["", over, *measures])
     for arm, by_seed in runs.items():
         colds = next(iter(by_seed.values()))
         cells = [arm, f"{len(colds)} × {len(by_seed)}"]
@@ -456,7 +456,8 @@ def tables(study: dict) -> str:
         lines += ["", "## The runs that the setting was fixed on", "", *tried(study["pilots"])]
     if "earlier" in study:
         lines += ["", "## One cold start, five seeds: the study before", ""]
-        lines += [*measured(study["earlier"], MEASURES), "", *judged(study["earlier"])]
+        lines += measured(study["earlier"], MEASURES, "seeds × runs of each")
+        lines += ["", *judged(study["earlier"])]
     return "\n".join(lines) + "\n"
 
 
@@ -557,7 +558,7 @@ def write(study: dict) -> None:
     page = DOCS / "ablations.md"
     by_hand = page.read_text().partition(BY_HAND)[2] if page.exists() else "\n"
     head = "# The paper's ablations, on the puzzles\n\nWritten by `python tests/ablations.py`"
-    head += f", {study['hours']:.1f} hours for all runs."
+    head += f": {study['hours']:.1f} hours, all runs added up."
     page.write_text(f"{head}\n\n![](ablations.png)\n\n{tables(study)}{BY_HAND}{by_hand}")
     (DOCS / "ablations.json").write_text(json.dumps(study) + "\n")
     figure(study, DOCS / "ablations.png")
