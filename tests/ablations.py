@@ -117,11 +117,6 @@ def rollouts(run: dict) -> float:
     return GROUP * sum(run["groups_sampled"])
 
 
-def minutes(run: dict) -> float:
-    """How long the steps took, on a machine that did other things too."""
-    return (sum(run["seconds_rollout"]) + sum(run["seconds_update"])) / 60
-
-
 def seconds_a_rollout(run: dict) -> float:
     """Seconds that sampling one rollout took at the end, of a whole batch at a time."""
     return part(run, "seconds_rollout", -1 / 8) / part(run, "groups_sampled", -1 / 8) / GROUP
@@ -143,7 +138,6 @@ COSTS = {
     "visual tokens": at_the_end("visual_tokens"),
     "seconds a rollout": seconds_a_rollout,
     "rollouts": rollouts,
-    "minutes": minutes,
 }
 
 
@@ -493,10 +487,11 @@ def sentences(study: dict) -> list[str]:
         f"greedily {less_base(runs, none, 'held out, greedy')}",
         f"{less_base(runs, none, 'tokens written', '+.0f')} tokens written",
         f"{less_base(runs, none, 'visual tokens', '+.0f')} visual tokens",
+        f"{less_base(runs, none, 'seconds a rollout', '+.3f')} s a rollout",
     ]
     for arm in BEYOND:
         if arm in runs:
-            said.append(f"calls {course(runs, arm)}")
+            said.append(f"calls {course(runs, arm)}, they die in {died(runs, arm)}")
             said.append(f"repeated {less_base(runs, arm, 'repeated calls')}")
             said.append(f"held out {less_base(runs, arm, 'held out, sampled')}")
     if "random groups" in runs:
