@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from data import Action, DataError, Sample, open_image
 from engine.blocks import find_code
 from engine.prompt import messages
+from engine.report import shrink
 from engine.video import check_video, uniform_frames
 from model import CLOSING_TAGS
 from reward import advantages, extract_answer
@@ -35,7 +36,7 @@ class Limits:
     """What a trajectory may take, and how it is sampled.
 
     Figures are held as pixels until the step ends. A figure has at most 2 million of them, so a
-    trajectory holds at most 32 x 6 MB, and 48 MB of a call that did not fit into the context.
+    trajectory holds at most 32 x 6 MB. Those of one that was cut are made small as it ends.
     """
 
     max_turns: int = 5  # turns, the last of which can only answer: 4 tool calls
@@ -172,6 +173,8 @@ def rollout(
             for t in live:
                 if t.end_reason is not EndReason.ONGOING:
                     toolbox.close(t)
+                if t.broken:
+                    shrink(t)
                 if on_turn:
                     on_turn(t)
             live = ongoing(live)

@@ -24,6 +24,7 @@ from engine.video import duration, frame_times, middle_frames, show_frames
 PAGE_BYTES = 64_000_000  # more than that a phone does not open
 PAGE = Path(__file__).parents[1] / "docs" / "report.html"  # DATA and DIGEST are filled in
 COMPLETE = re.compile(r'"repeat": \d+}$')  # how a record ends, as JSON
+SIDE = 256  # pixels of the longer side of a figure
 STRIP = 12  # frames that are shown of a video
 PANELS = (
     "accuracy",
@@ -37,7 +38,14 @@ PANELS = (
 )
 
 
-def thumbnail(image: Image.Image, side: int = 256) -> str:
+def shrink(t) -> None:
+    """Keep of a trajectory that nobody trains on what the page shows: its figures, made small."""
+    for turn in t.turns:
+        for image in turn.images:
+            image.thumbnail((SIDE, SIDE))
+
+
+def thumbnail(image: Image.Image, side: int = SIDE) -> str:
     """A picture as the data URI of a JPEG whose longer side has at most `side` pixels."""
     small = image.convert("RGB")
     small.thumbnail((side, side))

@@ -249,17 +249,21 @@ def test_what_a_trajectory_holds_is_bounded(tmp_path):
     turns = [f"<code>\n```python\n{show}\n```\n</code>"] * 6
     policy = Recital(tiny_policy(tmp_path / "tiny", turns * 20))
     asked = Sample("q", "?", "red", turns=turns)
+    ((t,),) = rollout(policy, [asked], 1, max_turns=4, max_context=10**7)
+    assert t.end_reason is EndReason.EXCEED_MAX_TURNS and t.n_tool_calls == 3
+    pixels = [image.width * image.height for image in t.images]
+    assert len(pixels) == 24
+    assert figures.MAX_PIXELS / 2 < max(pixels) <= figures.MAX_PIXELS  # it may be trained on
     ((t,),) = rollout(policy, [asked], 1, max_turns=7, max_context=10**7)
     assert t.end_reason is EndReason.EXCEED_MAX_IMAGES and t.n_tool_calls == 5
-    held = {id(image): image.width * image.height for image in t.images}
-    for turn in t.turns:
-        held |= {id(image): image.width * image.height for image in turn.images}
-    assert len(held) == 32  # those of the last call are let go
-    assert sum(held.values()) <= 32 * figures.MAX_PIXELS
+    assert len(t.images) == 32  # those of the last call are let go
+    cut = [t]
     ((t,),) = rollout(policy, [asked], 1, max_turns=7, max_context=len(t.tokens) - 9)
-    assert t.end_reason is EndReason.OVER_LENGTH
-    more = {id(image): image.width * image.height for image in t.turns[-1].images}
-    assert sum(more.values()) <= figures.MAX_CALL_PIXELS
+    assert t.end_reason is EndReason.OVER_LENGTH and len(t.turns[-1].images) == 8
+    cut.append(t)
+    for t in cut:  # nobody trains on these: what the page shows is left
+        shown = t.images + [image for turn in t.turns for image in turn.images]
+        assert max(max(image.size) for image in shown) <= 256
 
 
 # ---- what ends the neighbours
