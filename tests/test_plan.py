@@ -180,15 +180,21 @@ def test_what_saves_memory_does():
     before = Needs(config)
     recomputed = Needs(replace(config, checkpoint_activations=True))
     assert recomputed.activations < 0.1 * before.activations
-    adapted = Needs(replace(config, lora_rank=32))
-    assert adapted.optimizer < 0.05 * before.optimizer
-    assert adapted.weights < 0.6 * before.weights
     offloaded = Needs(replace(config, offload=True))
     assert offloaded.weights == offloaded.optimizer == 0
     assert offloaded.main_memory == before.weights + before.gradients + before.optimizer
     halved = Needs(replace(config, dtype="float32"))
     assert halved.copy == 2 * before.copy
     assert Needs(replace(config, gpus=16)).weights == before.weights / 2
+
+
+@needs_config
+def test_adapters_save_the_optimizer_and_half_of_the_weights():
+    pytest.importorskip("peft")
+    before = Needs(asked(gpus=8))
+    adapted = Needs(asked(gpus=8, lora_rank=32))
+    assert adapted.optimizer < 0.05 * before.optimizer
+    assert adapted.weights < 0.6 * before.weights
 
 
 @needs_config
