@@ -192,7 +192,7 @@ def test_what_saves_memory_does():
 def test_adapters_save_the_optimizer_and_half_of_the_weights():
     pytest.importorskip("peft")
     before = Needs(asked(gpus=8))
-    adapted = Needs(asked(gpus=8, lora_rank=32))
+    adapted = Needs(replace(asked(gpus=8), lora_rank=32))
     assert adapted.optimizer < 0.05 * before.optimizer
     assert adapted.weights < 0.6 * before.weights
 
