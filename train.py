@@ -182,10 +182,6 @@ class Run:
         self.journal.judged.update(counts)
         return groups
 
-    def save(self):
-        """Write a checkpoint, and what --resume needs. All processes call it."""
-        save_state(self)
-
 
 # ------------------------------------------------------------------------------------------ collect
 def prompts(run: Run, n: int):
@@ -401,7 +397,7 @@ def train(run: Run):
         pictures = saving or run.due(config.eval_every) or run.step == config.steps
         run.journal.log(metrics, groups, kept, pictures)
         if saving:
-            run.save()
+            save_state(run)
         if stopped:
             break
 
@@ -414,7 +410,8 @@ def configure(argv: list[str] | None = None) -> Config:
     check_adapters(config.lora_rank)
     read_difficulty(config.difficulty)
     if config.plan:
-        sys.exit(plan(config))
+        plan(config)
+        sys.exit()
     if config.slow and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("--slow is for one process")
     open_folder(Path(config.out))

@@ -2,10 +2,11 @@ r"""Are two mathematical expressions equal? Asked of math-verify, in processes t
 
 `9^{9^{9^9}}` takes longer than anybody waits, and a policy in training writes it in the end. So
 nothing here runs in the trainer, which may hold a GPU and threads: a worker is a Python program of
-its own. It ends itself by an alarm of the kernel when an answer takes longer than a second, also
-in the middle of one multiplication, and it ends when its input closes, which happens however the
-trainer ends. A worker that is gone is replaced when the next one is needed. Every process of a
-torchrun job has workers of its own. None is started before an expression has to be compared.
+its own. It ends itself by an alarm of the kernel when an answer takes more than a second of
+computing, also in the middle of one multiplication, and it ends when its input closes, which
+happens however the trainer ends. A worker that is gone is replaced when the next one is needed.
+Every process of a torchrun job has workers of its own. None is started before an expression has to
+be compared.
 
 This file imports nothing of the project, since the workers run it.
 """

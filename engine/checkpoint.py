@@ -229,7 +229,7 @@ def save_state(run) -> None:
     name = f"step_{run.step}"
     aside = out / "unfinished"
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    progress = {name: getattr(run, name) for name in PROGRESS}
+    progress = {field: getattr(run, field) for field in PROGRESS}
     state = dict(
         progress,
         adapters=adapters(policy.model),
@@ -279,8 +279,8 @@ def load_state(file: Path, run) -> None:
     generators = state["generators"]
     if len(generators) == world():
         policy.generator.set_state(generators[rank()])
-    for name in PROGRESS:
-        setattr(run, name, state[name])
+    for field in PROGRESS:
+        setattr(run, field, state[field])
 
 
 def state_to_resume(config) -> Path | None:

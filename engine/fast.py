@@ -36,7 +36,8 @@ from engine.parallel import sharded
 
 HEAD_LOGITS = 2**26  # logits that exist at a time in training: 440 tokens of V = 152k
 FEED_TOKENS = 8_192  # tokens of one forward in generation
-KEEP = ((-4, 0), (-1, 2**31 - 1))  # of mallopt: M_MMAP_MAX and M_TRIM_THRESHOLD
+M_TRIM_THRESHOLD = -1  # options of the C library's mallopt
+M_MMAP_MAX = -4
 ROOM = 64  # tokens that a cache has to spare, and half of what it had, when it grows
 
 
@@ -45,9 +46,10 @@ def keep_memory():
 
     It gives large ones back, and new pages took an eighth of an update on a CPU.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # not every C library has it
-    for option in KEEP if set_option else ():
-        set_option(*option)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # not every C library has it
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 # ------------------------------------------------------------------------- how packed tokens attend
@@ -356,10 +358,10 @@ class FastPolicy:
         self.tokens_fed = 0  # by `act`, in all: tests hold that no token is fed twice
         self.images_fed = 0
         self.forget()
-        # The two functions above become methods of the model here and nowhere else. FSDP gathers a
-        # module's own parameters (embedding, norm, head) only around methods that it knows of.
         if policy.device.type == "cpu":
             keep_memory()
+        # The two functions above become methods of the model here and nowhere else. FSDP gathers a
+        # module's own parameters (embedding, norm, head) only around methods that it knows of.
         register()
         policy.model.set_attn_implementation({"text_config": "packed"})
         policy.model.hidden = types.MethodType(hidden, policy.model)

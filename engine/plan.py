@@ -26,6 +26,7 @@ from engine.checkpoint import checkpoint_folder, meta_model, read_config
 from engine.fast import FEED_TOKENS, HEAD_LOGITS, Cache
 from engine.lora import add_adapters
 from engine.parallel import compute_dtype, layers_of
+from engine.run import say
 
 GB = 1e9
 TRACED = 256  # tokens of a traced layer; all that it makes grows with them
@@ -287,7 +288,7 @@ def advise(config) -> list[str]:
 
 
 def plan(config) -> None:
-    """Print what a run with these settings needs on each GPU. Raises DataError."""
+    """Say what a run with these settings needs on each GPU. Raises DataError."""
     if not config.model:
         raise DataError("--plan needs --model; without one the tiny policy trains on any laptop")
     config = replace(config, model=checkpoint_folder(config.model))
@@ -316,9 +317,9 @@ def plan(config) -> None:
     for phase, most in needs.phases.items():
         lines[f"most, in the {phase}"] = most
     about = f"{shape.parameters / GB:.2f} G parameters, {shape.trained / GB:.2f} G of them train"
-    print(f"{config.model}: {about}; GPUs: {config.gpus} of {config.gpu_memory:.0f} GB")
-    print(f"largest micro-batch: {needs.tokens:,} tokens, {needs.images} images of them")
+    say(f"{config.model}: {about}; GPUs: {config.gpus} of {config.gpu_memory:.0f} GB")
+    say(f"largest micro-batch: {needs.tokens:,} tokens, {needs.images} images of them")
     for words, figure in lines.items():
         if figure:
-            print(f"{figure / GB:10.1f} GB  {words}")
-    print("\n".join(advise(config)))
+            say(f"{figure / GB:10.1f} GB  {words}")
+    say("\n".join(advise(config)))

@@ -81,17 +81,20 @@ def _facts(sample: Sample) -> dict[str, str]:
     """What the fields of a template stand for. Reads the headers of the media."""
     images = []
     videos = []
+    sizes = [("", "")]
     for number, image in enumerate(sample.images):
-        images.append(IMAGE.format(number, *image_size(image)))
+        sizes.append(image_size(image))
+        images.append(IMAGE.format(number, *sizes[-1]))
     for number, video in enumerate(sample.videos):
-        rate = _frame_rate(video)
-        videos.append(VIDEO.format(number=number, rate=rate, **video_info(video)))
+        info = video_info(video)
+        sizes.append((info["width"], info["height"]))
+        videos.append(VIDEO.format(number=number, rate=_frame_rate(video), **info))
     clues = ", ".join(images + videos)
-    width, height = re.findall(r"(?:width|height) (\d+)", clues)[:2] or ("", "")  # of the first
+    width, height = sizes[:2][-1]  # of the first, if there is one
     return {
         "{query}": _name_marks(sample.question),
-        "{width}": width,
-        "{height}": height,
+        "{width}": str(width),
+        "{height}": str(height),
         "{image_info}": ", ".join(images),
         "{video_info}": ", ".join(videos),
         "{clues}": clues or "nothing yet",
@@ -184,7 +187,7 @@ def encode(tokenizer: object, messages: list[dict], after_action: bool) -> list[
             if "text" in part:
                 texts.append(part["text"])
                 part["text"] = mark
-    filled = _fill_chat(tokenizer, json.dumps(chat))
+    filled = _fill_chat(tokenizer, tokenizer.get_chat_template(), json.dumps(chat))
     pieces = list(zip(texts, filled.split(mark), strict=True))
     ids = []
     for text, piece in pieces[len(before) :]:
@@ -194,11 +197,10 @@ def encode(tokenizer: object, messages: list[dict], after_action: bool) -> list[
 
 
 @functools.lru_cache(64)
-def _fill_chat(tokenizer: object, chat: str) -> str:
+def _fill_chat(tokenizer: object, template: str, chat: str) -> str:
     """A chat template filled with marks: chats have few shapes, and a template takes its time."""
-    return tokenizer.apply_chat_template(
-        json.loads(chat), tokenize=False, add_generation_prompt=True
-    )
+    settings = dict(chat_template=template, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(json.loads(chat), **settings)
 
 
 @functools.lru_cache(512)

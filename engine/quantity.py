@@ -142,7 +142,8 @@ UNITS = {}  # name -> (what it measures, how many of the base unit)
 
 
 def _key(name):
-    return name if len(name) < 3 else name.lower()  # a mW is no MW
+    """A name as the table is asked: long ones in any case; short ones differ by it, as m and M."""
+    return name if len(name) < 3 else name.lower()
 
 
 for _line in UNIT_TABLE.strip().splitlines():
@@ -206,7 +207,9 @@ def quantity(text: str, question: str = "") -> Quantity | None:
         return number._replace(doubtful=improper) if lowest_terms else None
     if found["scale"]:
         number = Quantity(number.value * UNITS["×" + found["scale"]][1])
-    unit = found["money"] + found["unit"] or "rad" * ("π" in text)
+    unit = found["money"] + found["unit"]
+    if not unit and "π" in text:
+        unit = "rad"
     noun = re.fullmatch("[a-z]{3,}(?: [a-z]{3,})?", unit)
     if not unit or noun and unit in question.lower():
         return number
@@ -222,8 +225,9 @@ def quantity(text: str, question: str = "") -> Quantity | None:
 def asked(text: str, question: str) -> Quantity | None:
     """As `quantity`; a number alone is in the unit that the question names: "in meters?"."""
     for name in re.findall(UNIT_ASKED, question):
-        if quantity(f"{text} {name}"):
-            return quantity(f"{text} {name}")
+        number = quantity(f"{text} {name}")
+        if number:
+            return number
     return quantity(text, question)
 
 

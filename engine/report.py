@@ -104,6 +104,10 @@ def record(t, index: int = 0, repeat: int = 0, step: int | None = None, trained=
     """
     prompt = t.images[: len(t.sample.images)]
     sizes = [image.size for image in prompt]
+    whole = [image.copy() for image in prompt[:1]]  # as a figure that shows all of it
+    if t.broken:
+        for image in whole:
+            image.thumbnail((SIDE, SIDE))  # as `shrink` did with the figures
     turns = []
     for turn in t.turns:
         shown = dict(
@@ -112,7 +116,7 @@ def record(t, index: int = 0, repeat: int = 0, step: int | None = None, trained=
             output=turn.output or turn.error,
             failed=turn.error is not None,
             images=[thumbnail(image) for image in turn.images],
-            boxes=crops(turn.code, turn.images, *sizes[:1]),
+            boxes=crops(turn.code, turn.images, *(image.size for image in whole)),
             tokens=turn.n_tokens,
         )
         turns.append(shown)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -75,7 +75,13 @@ LEAST = dict(  # of a setting of train.py or evaluate.py
     timeout=0.001,
     warmup=0,
     lr=0,
+    lora_rank=0,
+    max_pixels=28 * 28,  # an image token
+    gpus=1,
+    gpu_memory=1,
 )
+FIXED = "stage", "task", "lora_rank"  # of a run: what was saved does not fit another one
+
 LOCKS = []  # open files: a lock is held as long as its file is open
 
 
@@ -166,8 +172,10 @@ def settle(cls: type, argv, laptop):
     config.out = str(out)
     config.name = config.name or f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if asked.resume:
-        if (config.stage, config.task) != (default.stage, default.task):
-            raise DataError(f"{out} holds a run of stage {default.stage}, task {default.task}")
+        for name in FIXED:
+            old = getattr(default, name)
+            if getattr(config, name) != old:
+                raise DataError(f"{out} holds a run with --{name} {old}; give another --out")
         now = asdict(config)
         before = [f"--{name} {old}" for name, old in asdict(default).items() if now[name] != old]
         if before:
@@ -221,7 +229,10 @@ def open_folder(out: Path) -> None:
 
 def versions() -> dict:
     """Versions of Python and of what computes, and the commit of this code, where known."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     describe = shlex.join(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     )

@@ -86,7 +86,7 @@ def _compare(answer, reference, question=""):
     if said and wanted:
         verdict = measure(said, wanted)
         in_billions = re.search(r"(?i)\b(?:hundred|thousand|[mbtr]+illion)s?\b", question)
-        return verdict or None if in_billions else verdict
+        return None if in_billions and not verdict else verdict
     places = [re.fullmatch(PLACE, words(text)) for text in pair]
     if None not in places and words(answer).removesuffix(" side") == places[0][1]:
         return places[0][1] == places[1][1] or None
@@ -153,13 +153,16 @@ def _by_rule(answer, question, reference, source):
     """As `verify`; where the algebra has to tell, what it must compare: (answer, reference)."""
     if not answer or len(answer) >= MAX_ANSWER:
         return False
-    if source.endswith(MRA_SOURCES) and asked(reference, question):
-        return near(answer, asked(reference, question))
+    target = asked(reference, question)
+    if target and source.endswith(MRA_SOURCES):
+        return near(answer, target)
     options = choices(question)
     said = UNLISTED.fullmatch(answer.strip(" ."))
     letter = UNLISTED.fullmatch(reference.strip(" ."))
-    if letter and said and "" != letter[2] != said[2] != "":  # "C. 30" is not "C. 70"
-        return None
+    if letter and said:
+        texts = {letter[2], said[2]}
+        if len(texts) == 2 and "" not in texts:  # "C. 30" is not "C. 70"
+            return None
     if letter and not options:  # they stand in the picture
         options = dict.fromkeys("ABCDEFGHIJ", "") | {letter[1]: letter[2]}
     right = _named(reference, options)

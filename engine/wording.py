@@ -5,7 +5,6 @@ place of what it matches. A ␣ there stands for a space.
 """
 
 import functools
-import itertools
 import re
 import unicodedata
 
@@ -122,12 +121,13 @@ def choices(question: str) -> dict[str, str]:
             runs.append([])
         if letter == LETTERS[len(runs[-1])]:
             runs[-1].append(mark)
-    end = re.search(r"\Z", question)
     best = {}
     for run in runs:
-        between = itertools.pairwise([*run, end])
-        texts = [question[mark.end() : following.start()].strip() for mark, following in between]
-        texts = [re.split(END_OF_OPTION, text)[0].strip(" ;,") for text in texts]
+        ends = [following.start() for following in run[1:]] + [len(question)]
+        texts = []
+        for mark, end in zip(run, ends, strict=False):
+            text = question[mark.end() : end].strip()
+            texts.append(re.split(END_OF_OPTION, text)[0].strip(" ;,"))
         if len(texts) >= max(2, len(best)) and not any(map(NO_OPTION.search, texts)):
             best = dict(zip(LETTERS, texts, strict=False))
     return best

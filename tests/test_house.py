@@ -24,9 +24,9 @@ BUDGETS = {  # Python tokens
     "first sitting": (FIRST_SITTING, 8_000),
     "second sitting": (SECOND_SITTING, 6_600),
     # The engine rooms are what they are now. They may shrink; 15,000 and 43,000 in all is the aim.
-    "engine": ([name for name in FILES if name.startswith("engine/")], 35_200),
+    "engine": ([name for name in FILES if name.startswith("engine/")], 35_300),
     "tasks": ([name for name in FILES if name.startswith("tasks/")], 9_700),
-    "all": (FILES, 60_400),
+    "all": (FILES, 60_500),
 }
 TOKENS_A_LINE = {"": 9.0, "engine": 11.0, "tasks": 11.0}  # by folder
 MOST_OPERATIONS = 10  # of a statement

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 import train
 from data import DataError
 from engine import lora, parallel
+from engine.checkpoint import save_state
 from engine.fast import FastPolicy
 from model import load_policy, save_policy
 
@@ -87,7 +88,7 @@ def test_the_checkpoint_is_the_trained_policy_for_everybody(dtype, tiny, rows, t
     for _ in range(3):
         train.update(run, groups)
     run.step = 3
-    run.save()
+    save_state(run)
     folder = str(tmp_path / "step_3")
     trained = run.policy.logprobs(trajectories)[0]
     merged = FastPolicy(load_policy(folder)).logprobs(trajectories)[0]
@@ -161,11 +162,6 @@ def test_a_checkpoint_without_adapters_has_none_in_its_state(tiny, rows, tmp_pat
     save_policy(run.policy, tmp_path / "saved")
     again = load_policy(tmp_path / "saved").model.state_dict()
     assert all(torch.equal(weights[name], again[name]) for name in weights)
-
-
-def test_a_rank_that_is_none(capsys):
-    with pytest.raises(DataError, match="--lora_rank -1"):
-        lora.check_adapters(-1)
 
 
 def test_without_peft_one_line_says_what_to_install(monkeypatch):

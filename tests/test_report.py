@@ -122,6 +122,21 @@ def test_figures_that_do_not_fit_have_no_box():
     assert crops(None, []) == []
 
 
+def test_the_whole_picture_is_no_crop_also_where_figures_were_made_small():
+    """Code that crops and then shows the picture itself, in a trajectory that was cut."""
+    code = "image_clue_0.crop((0, 0, 100, 100))\nimage_clue_0.show()"
+    for end in (EndReason.DONE, EndReason.OVER_LENGTH):
+        t = Trajectory(Sample("0", "?", "a", images=("x.png",)), images=[plain((600, 600))])
+        t.turns = [Turn(code=code, images=[plain((600, 600))])]
+        t.end_reason = end
+        if t.broken:
+            report.shrink(t)
+            assert t.turns[0].images[0].size == (256, 256)
+        assert record(t)["turns"][0]["boxes"] == [None]
+        t.turns = [Turn(code=show("(0, 0, 100, 100)"), images=[plain((100, 100))])]
+        assert record(t)["turns"][0]["boxes"] == [(0, 0, 100, 100)]
+
+
 def test_a_drawing_has_its_own_proportions_and_still_its_box():
     code = "plt.imshow(image_clue_0.crop((0, 0, 10, 10)))\nplt.axis('off')\nplt.show()"
     assert crops(code, [plain((640, 480))]) == [(0, 0, 10, 10)]

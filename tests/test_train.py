@@ -28,7 +28,7 @@ import train
 from data import DataError, Sample, load
 from engine import demonstrations
 from engine.batching import flat, microbatches, share
-from engine.checkpoint import FullDisk, complete
+from engine.checkpoint import FullDisk, complete, save_state
 from engine.fast import FastPolicy
 from engine.metrics import measure
 from engine.run import Journal, NoProgress, Progress
@@ -824,6 +824,12 @@ BAD_FLAGS = [
     (["--stage", "dpo"], "stage"),
     (["--task", "audio"], "task"),
     (["--frames", "some"], "frames"),
+    (["--paid", "old"], "paid"),
+    (["--paid", "-1"], "paid"),
+    (["--lora_rank", "-1"], "lora_rank"),
+    (["--max_pixels", "0"], "max_pixels"),
+    (["--plan", "--model", "x/y", "--gpus", "0"], "gpus"),
+    (["--plan", "--model", "x/y", "--gpu_memory", "nan"], "gpu_memory"),
     (["--difficulty", "[]"], "difficulty"),
     (["--difficulty", '{"size": 1'], "difficulty"),
     (["--tracker", "stdout"], "wandb"),
@@ -1062,6 +1068,18 @@ def test_resume_without_a_run_is_refused(tiny, rows, tmp_path, monkeypatch, caps
     assert str(out) in refused(monkeypatch, capsys, *flags(tiny, rows, out, "--resume"))
 
 
+@pytest.mark.parametrize("changed", ["lora_rank", "stage", "task"])
+def test_what_was_saved_fits_the_run_that_goes_on(changed, tmp_path, monkeypatch, capsys):
+    """It is said before anything is loaded, and which setting it was."""
+    monkeypatch.setattr("engine.run.importlib.util.find_spec", lambda name: True)
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text('{"lora_rank": 4, "stage": "rl", "task": "image"}')
+    other = {"lora_rank": "8", "stage": "sft", "task": "video"}[changed]
+    error = refused(monkeypatch, capsys, "--out", str(out), "--resume", f"--{changed}", other)
+    assert f"--{changed}" in error and str(out) in error
+
+
 def test_a_folder_holds_one_run_at_a_time(tiny, rows, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     first = start(tiny, rows, out, "--steps", 10_000)
@@ -1094,7 +1112,7 @@ def test_a_full_disk_stops_and_leaves_the_last_checkpoint(limit, tiny, rows, tmp
         train.update(run, [batch_of(run)])
         (out / "metrics.jsonl").touch()
         run.step = 1
-        run.save()
+        save_state(run)
         size = (out / "step_1" / "model.safetensors").stat().st_size
         allowed = dict(weights=size // 2, state=size + 10_000)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1103,7 +1121,7 @@ def test_a_full_disk_stops_and_leaves_the_last_checkpoint(limit, tiny, rows, tmp
             if limit != "disk":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (allowed[limit], hard))
             with pytest.raises(FullDisk, match="step_2 could not be written.*MiB are free"):
-                run.save()
+                save_state(run)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert complete(out) == [out / "state" / "step_1.pt"]
